@@ -1,0 +1,104 @@
+"""What every ruler returns: one line a layer or operation, and the sums and the score that follow from them."""
+
+from dataclasses import dataclass
+
+MILLION = 1e6
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bit widths that a score assumes: stored values, inputs of multiplications, inputs of additions."""
+
+    value: int = 16
+    mul: int = 16
+    add: int = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the MicroNet Challenge: its baseline network's size, and the accuracy to hold."""
+
+    name: str
+    base_params: float
+    base_ops: float
+    correct: int
+    images: int
+
+
+TASKS = {
+    "CIFAR-100": Task("CIFAR-100", 36.5e6, 10.49e9, 8_000, 10_000),
+    "ImageNet": Task("ImageNet", 6.9e6, 1170e6, 37_500, 50_000),
+}
+
+
+@dataclass
+class Line:
+    """One layer: its stored bits, its multiplications and additions, its weights and how many are not zero."""
+
+    name: str
+    bits: float = 0.0
+    mults: float = 0.0
+    adds: float = 0.0
+    numel: int = 0
+    nonzero: int = 0
+    note: str = ""
+
+
+@dataclass
+class Group:
+    """Layers of one kind, in the network's order; `mults` and `adds` of the lines are operations, not bits."""
+
+    name: str
+    lines: list[Line]
+
+    def total(self, field: str) -> float:
+        return sum(getattr(line, field) for line in self.lines)
+
+
+@dataclass
+class Tally:
+    """The result of one ruler.
+
+    `params` is the number of the network's parameters as that ruler counts them, compressed or not;
+    `truncate` says whether a group's scoring parameters are cut to an integer before they are added.
+    """
+
+    ruler: str
+    widths: Widths
+    groups: list[Group]
+    params: int
+    truncate: bool = False
+
+    def scoring_params(self, group: Group) -> float:
+        """Parameters of 32 bit that hold the group's bits."""
+        params = group.total("bits") / 32
+        return int(params) if self.truncate else params
+
+    def mflop(self, group: Group) -> float:
+        """Millions of operations on 32 bit inputs that the group's operations count as."""
+        return (group.total("mults") * self.widths.mul + group.total("adds") * self.widths.add) / 32 / MILLION
+
+    @property
+    def total_scoring_params(self) -> float:
+        return sum(self.scoring_params(group) for group in self.groups)
+
+    @property
+    def total_mflop(self) -> float:
+        return sum(self.mflop(group) for group in self.groups)
+
+    @property
+    def numel(self) -> int:
+        return sum(group.total("numel") for group in self.groups)
+
+    @property
+    def zeros_percent(self) -> float:
+        """Share of the counted weights that are zero, in percent."""
+        return 100 * (1 - sum(group.total("nonzero") for group in self.groups) / self.numel)
+
+    @property
+    def megabytes(self) -> float:
+        return self.total_scoring_params * 4 / MILLION
+
+    def score(self, task: Task) -> float:
+        """The MicroNet Challenge's score: parameters and operations relative to the task's baseline."""
+        return self.total_scoring_params / task.base_params + self.total_mflop * MILLION / task.base_ops
