@@ -1,0 +1,39 @@
+"""How often a network is right."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.data import Data
+from engine.device import Machine
+from engine.report import progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy (nats) and correct answers over `images` images."""
+
+    loss: float
+    correct: int
+    images: int
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy in percent."""
+        return 100 * self.correct / self.images
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, data: Data, machine: Machine) -> Evaluation:
+    """Evaluate `network`, in evaluation mode, on every validation image once."""
+    network.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=machine.device)
+    correct = torch.zeros((), dtype=torch.int64, device=machine.device)
+    for images, labels in progress(data.val_batches(), "validation", data.num_val_batches):
+        with machine.autocast():
+            logits = network(images)
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    return Evaluation(loss.item() / data.num_val_images, correct.item(), data.num_val_images)

@@ -1,0 +1,36 @@
+"""What a user sees: progress bars on a terminal, plain whole lines in a file, and tables."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from tqdm import tqdm
+
+
+def say(line: str = "") -> None:
+    """Print one line at once, also into a redirected log, and without breaking a progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def progress(items: Iterable, description: str, total: int) -> tqdm:
+    """Iterate with a progress bar on a terminal; silently where the console is redirected."""
+    silent = not (sys.stderr.isatty() and sys.stdout.isatty())
+    return tqdm(items, desc=description, total=total, leave=False, disable=silent)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """Lay out rows under headers, first column left, the others right-aligned."""
+    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
+    first = [row[0].ljust(widths[0]) for row in cells]
+    lines = [left + line[widths[0] :] for left, line in zip(first, lines)]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def count(number: float) -> str:
+    """A large number with the unit that reads best: 8055124 is 8.06M."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.2f}{unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,95 @@
+"""A run's folder: the arguments it was made with, its resumable state, its best networks, its log.
+
+    FOLDER/arguments.json   every argument that shapes the result
+    FOLDER/last.pt          the state after the last whole epoch: what resuming reads
+    FOLDER/best*.pt         the best network so far (of each phase)
+    FOLDER/log.jsonl        one JSON line an epoch
+    FOLDER/result.json      written when the run is finished
+
+The folder's name ends in a digest of the arguments: runs with different arguments never share a folder.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from engine import UserError
+from engine.checkpoint import read, save
+
+
+class Run:
+    """One run in `parent`, found again by its label and its arguments.
+
+    `history`, one dict an epoch, and `state` come from `last.pt` when the run is resumed.
+    """
+
+    def __init__(self, parent: Path, label: str, arguments: dict):
+        self.arguments = json.loads(json.dumps(arguments))
+        digest = hashlib.sha256(json.dumps(self.arguments, sort_keys=True).encode()).hexdigest()
+        self.label = label
+        self.folder = parent / f"{label}-{digest[:6]}"
+        self.history: list[dict] = []
+        self.state: dict | None = None
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pt"
+
+    @property
+    def result(self) -> dict | None:
+        """What `finish` wrote, or None while the run is not finished."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def open(self, resume: bool) -> None:
+        """Make the folder; with `resume`, read the state that the last whole epoch left there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "result.json").unlink(missing_ok=True)
+        _write(self.folder / "arguments.json", json.dumps(self.arguments, indent=2) + "\n")
+        if resume and self.last.is_file():
+            content = read(self.last)
+            self.state, self.history = content["state"], content["history"]
+
+    def adopt(self, path: Path) -> bool:
+        """Take over the state in `path`, another run's `last.pt`, if its arguments are this run's."""
+        content = read(path)
+        if not {"arguments", "state", "history"} <= content.keys():
+            raise UserError(f"--resume {path}: holds no run's state (a run's last.pt does)")
+        if content["arguments"] != self.arguments:
+            return False
+        if path.resolve() != self.last.resolve():
+            save(content, self.last)
+        return True
+
+    def difference(self, path: Path) -> str:
+        """Say the first argument in which the run that wrote `path` differs from this one."""
+        theirs = read(path)["arguments"]
+        key = next(k for k in {**theirs, **self.arguments} if theirs.get(k) != self.arguments.get(k))
+        return f"{key} was {theirs.get(key)} and is {self.arguments.get(key)}"
+
+    def save_epoch(self, record: dict, state: dict) -> None:
+        """Note an epoch and save what resuming after it needs."""
+        self.history.append(record)
+        save({"arguments": self.arguments, "state": state, "history": self.history}, self.last)
+        _write(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+
+    def finish(self, result: dict) -> None:
+        _write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def resume_from(path: Path, runs: list[Run]) -> None:
+    """Let the run among `runs` that `path` belongs to continue from it; UserError names what differs."""
+    if not path.is_file():
+        raise UserError(f"--resume {path}: no such file")
+    if not any(run.adopt(path) for run in runs):
+        raise UserError(
+            f"--resume {path}: that run had other arguments ({runs[0].difference(path)}); "
+            f"repeat its command line, or leave --resume out to start afresh"
+        )

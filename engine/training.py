@@ -1,0 +1,61 @@
+"""One epoch of training, the same for every stage."""
+
+import math
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.data import Data
+from engine.device import Machine
+from engine.report import progress
+
+STEPS_BETWEEN_LOOKS = 50  # steps between two looks at the loss: each look waits for the device
+
+
+class Stepper(Protocol):
+    """What an epoch needs of an optimizer."""
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> object: ...
+
+
+class Diverged(Exception):
+    """The training loss became NaN or infinite."""
+
+
+def derived_seed(seed: int, *position: int) -> int:
+    """A seed for one position of a run (grid point, phase, epoch): independent streams from one `--seed`.
+
+    All randomness of an epoch follows from it, so that a resumed run needs no saved random state.
+    """
+    return int(np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def train_epoch(
+    network: nn.Module, optimizer: Stepper, data: Data, machine: Machine, seed: int, description: str
+) -> float:
+    """Train `network` on every image once and return the mean training loss (cross-entropy, nats).
+
+    Raises Diverged as soon as a look at the loss finds it NaN or infinite.
+    """
+    network.train()
+    torch.manual_seed(seed)
+    total = torch.zeros((), device=machine.device)
+    bar = progress(data.train_batches(seed), description, data.num_train_batches)
+    for step, (images, labels) in enumerate(bar, start=1):
+        optimizer.zero_grad()
+        with machine.autocast():
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+        if step % STEPS_BETWEEN_LOOKS == 0 or step == data.num_train_batches:
+            mean = total.item() / step
+            if not math.isfinite(mean):
+                raise Diverged(f"the training loss became {mean} within {step} steps of {description}")
+            bar.set_postfix(loss=f"{mean:.3f}")
+    return total.item() / data.num_train_batches

@@ -1,0 +1,116 @@
+"""The grid search: one training run a grid point, a table of all, the best network kept."""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine import UserError
+from engine.checkpoint import copy
+from engine.data import Data, ImagesOnDisk, load_data
+from engine.device import Machine, choose_machine
+from engine.report import count, say, table
+from engine.runs import Run, resume_from
+from engine.training import derived_seed
+from model import build
+from model.micronet import MicroNet
+from model_compound_scaling.training import train
+
+RESULT_ARGUMENTS = ("epochs", "start_epoch", "batch_size", "lr", "momentum", "weight_decay", "seed", "amp")
+
+
+def run(args: Namespace) -> int:
+    """Train every grid point, print the comparison, copy the best network to `best_model.pt`."""
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
+    machine = choose_machine(args.cuda, args.amp, args.compile)
+    data = load_data(
+        args.dataset or "CIFAR100",
+        args.data_path,
+        machine.device,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        val_batch_size=args.val_batch_size,
+        workers=args.workers,
+    )
+    save_dir = Path(args.save_dir)
+    points = list(zip(args.grid[::2], args.grid[1::2]))
+    runs = [point_run(save_dir, d, w, data, args) for d, w in points]
+    if args.resume:
+        resume_from(Path(args.resume), runs)
+
+    results = [train_point(d, w, data, machine, args, point) for (d, w), point in zip(points, runs)]
+    say("\n" + comparison(results))
+    best = max(range(len(points)), key=lambda i: results[i]["accuracy"])
+    best_file = runs[best].folder / "best.pt"
+    if not best_file.is_file():
+        raise UserError(f"no grid point finished an epoch; try a smaller --lr than {args.lr:g}")
+    copy(best_file, save_dir / "best_model.pt")
+    d, w = points[best]
+    say(f"\nBest: d {d:g}, w {w:g} with {results[best]['accuracy']:.2f}% -> {save_dir / 'best_model.pt'}")
+    return 0
+
+
+def point_run(save_dir: Path, d: float, w: float, data: Data, args: Namespace) -> Run:
+    """The run of grid point (d, w): its label and every argument that shapes its result."""
+    arguments = {"dataset": data.name, "image_size": data.image_size, "d": d, "w": w, "phi": args.phi}
+    arguments |= {name: getattr(args, name) for name in RESULT_ARGUMENTS}
+    return Run(save_dir, f"{data.name}_d{d:g}_w{w:g}_phi{args.phi:g}", arguments)
+
+
+def train_point(d: float, w: float, data: Data, machine: Machine, args: Namespace, run: Run) -> dict:
+    """Train grid point (d, w), or continue or skip it, and return its row of the comparison."""
+    name = "imagenet_micronet" if isinstance(data, ImagesOnDisk) else "cifar_micronet"
+    spec = {"name": name, "depth": d**args.phi, "width": w**args.phi, "num_classes": len(data.classes)}
+    say(f"\nGrid point d {d:g}, w {w:g}, phi {args.phi:g}  ({run.folder})")
+    if run.result and not args.no_resume:
+        say(f"  finished before with {run.result['accuracy']:.2f}%")
+        return run.result
+    torch.manual_seed(derived_seed(args.seed, 0, 0))
+    network = build(spec)
+    row = {"d": d, "w": w, **size(network, data.image_size), "spec": spec}
+    say(f"  {row['blocks']} blocks of {row['channels']} channels, {row['params']:,} parameters")
+    run.open(resume=not args.no_resume)
+    start = time.monotonic()
+    best = train(network, spec, data, machine, args, run)
+    row |= {"accuracy": best["accuracy"], "best_epoch": best["epoch"], "seconds": time.monotonic() - start}
+    if "diverged" not in best:
+        run.finish(row)
+    return row
+
+
+def size(network: MicroNet, image_size: int) -> dict:
+    """Blocks and channels of each stage, parameters, and FLOP of one image (2 a multiply-accumulate, dense)."""
+    stages = [getattr(network, f"layer{i + 1}") for i in range(network.num_stages)]
+    image = torch.zeros(1, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(image)
+    return {
+        "blocks": "-".join(str(len(stage)) for stage in stages),
+        "channels": "-".join(str(stage[-1].conv2.out_channels) for stage in stages),
+        "params": sum(p.numel() for p in network.parameters()),
+        "flop": counter.get_total_flops(),
+    }
+
+
+def comparison(results: list[dict]) -> str:
+    """The table of all grid points."""
+    headers = ["d", "w", "depth", "width", "blocks", "channels", "params", "FLOP", "accuracy", "epoch"]
+    rows = [
+        [
+            f"{r['d']:g}",
+            f"{r['w']:g}",
+            f"{r['spec']['depth']:.2f}",
+            f"{r['spec']['width']:.2f}",
+            r["blocks"],
+            r["channels"],
+            count(r["params"]),
+            count(r["flop"]),
+            f"{r['accuracy']:.2f}%",
+            r["best_epoch"] or "-",
+        ]
+        for r in results
+    ]
+    return table(headers, rows)

@@ -1,0 +1,1 @@
+"""Stage 2: entropy-constrained trained ternarization (EC2T), and entropy-constrained pruning."""

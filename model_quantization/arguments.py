@@ -1,0 +1,82 @@
+"""The command line of `run_quantization.py`."""
+
+from engine.cli import (
+    Parser,
+    add_data_arguments,
+    add_machine_arguments,
+    add_model_arguments,
+    add_run_arguments,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+    share,
+    switch,
+)
+
+FP_MODELS = "model_quantization/trained_fp_models"
+DESCRIPTION = """\
+Entropy-constrained trained ternarization (EC2T): ternarize a trained network at every pair of centroid and lambda
+multipliers, then retrain with frozen assignment. The best network ends in SAVE_DIR/Ternary_best_acc.pt; every pair
+keeps its own in a folder beside it.
+"""
+EPILOG = """\
+example: the published CIFAR-100 run, on the network that stage 1 left in its folder
+  python run_quantization.py --model-dict model_compound_scaling/saved_models/best_model.pt --dataset CIFAR100 \\
+    --batch-size 128 --epochs 20 --retrain-epochs 20 --ini-c-divrs 0.45 --lambda-max-divrs 0.15
+"""
+
+
+def parser() -> Parser:
+    """Build the parser; every default is that of the 2019 program."""
+    parser = Parser(prog="run_quantization.py", description=DESCRIPTION, epilog=EPILOG)
+    add_model_arguments(parser, "--model-dict", f"full-precision checkpoint: a path, or a file name in {FP_MODELS}")
+
+    sweep = parser.add_argument_group("sweep")
+    sweep.add_argument(
+        "--ini-c-divrs",
+        type=share,
+        nargs="+",
+        default=[0.15, 0.3, 0.5],
+        metavar="S",
+        help="initial centroids, as shares of a layer's largest and smallest weight",
+    )
+    sweep.add_argument(
+        "--lambda-max-divrs",
+        type=fraction,
+        nargs="+",
+        default=[0.125, 0.15, 0.175],
+        metavar="G",
+        help="entropy constraint, as a share of the lambda at which a cluster would vanish",
+    )
+    sweep.add_argument(
+        "--lambda-sustain",
+        type=nonnegative_float,
+        default=0.0,
+        metavar="SIGMA",
+        help="lets small layers keep a part of the constraint: delta' = (delta + sigma) / (1 + sigma)",
+    )
+    sweep.add_argument("--do-prune", action="store_true", help="prune instead of ternarizing; ternary layers stay fixed")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=nonnegative_int, default=20, help="epochs of ternarization")
+    training.add_argument("--retrain-epochs", type=nonnegative_int, default=15, help="epochs with frozen assignment")
+    training.add_argument("--batch-size", type=positive_int, default=256, help="training images a step")
+    training.add_argument("--val-batch-size", type=positive_int, default=512, help="validation images a step")
+    training.add_argument("--lr", type=positive_float, default=1e-4, help="Adam's learning rate")
+    training.add_argument("--lr2", type=positive_float, default=1e-5, help="Adam's learning rate of the centroids")
+    training.add_argument(
+        "--weight-decay", type=nonnegative_float, default=5e-6, help="L2 penalty of the parameters that stay dense"
+    )
+    switch(training, "eval", False, "evaluate the full-precision network first")
+
+    add_data_arguments(
+        parser,
+        dataset="the checkpoint's, else CIFAR100",
+        image_size="the checkpoint's, else 200 for ImageNet and 32 for small images",
+    )
+    add_machine_arguments(parser)
+    runs = add_run_arguments(parser, "model_quantization/saved_models")
+    runs.add_argument("--plot-ternarization", action="store_true", help="draw every pair's clusters, accuracy and zeros")
+    return parser

@@ -1,0 +1,48 @@
+"""One training step of EC2T, in the shape of an optimizer."""
+
+import torch
+from torch import Tensor, nn
+
+from model_quantization.layers import TernaryLayers
+
+
+class EC2TOptimizer:
+    """Adam on the full-precision weights, the centroids and all other parameters, then a new assignment.
+
+    With frozen layers the assignment stays: ternary weights then follow their centroids alone, and pruned
+    weights that were kept go on learning.
+
+    Args:
+        others: the parameters outside the ternary layers.
+        lr: of the full-precision weights and the other parameters.
+        lr2: of the centroids.
+        weight_decay: of the other parameters.
+    """
+
+    def __init__(
+        self, layers: TernaryLayers, others: list[nn.Parameter], lr: float, lr2: float, weight_decay: float
+    ):
+        self.layers, self.others = layers, others
+        groups = [{"params": others, "weight_decay": weight_decay}]
+        if not layers.prune:
+            groups.append({"params": [layers.centroids], "lr": lr2})
+        if layers.prune or not layers.frozen:
+            groups.append({"params": [layers.weights]})
+        self.adam = torch.optim.Adam(groups, lr=lr, fused=True)
+
+    def zero_grad(self) -> None:
+        for parameter in self.others:
+            parameter.grad = None
+        self.layers.gradient.zero_()
+
+    def step(self) -> None:
+        self.layers.scale_gradients()
+        self.adam.step()
+        self.layers.assign()
+
+    def state_dict(self) -> dict:
+        return {"adam": self.adam.state_dict(), "layers": self.layers.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.adam.load_state_dict(state["adam"])
+        self.layers.load_state_dict(state["layers"])

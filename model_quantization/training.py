@@ -1,0 +1,134 @@
+"""One point of the sweep: ternarize, then retrain with the assignment frozen."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from torch import nn
+
+from engine.checkpoint import Checkpoint, network_content, read, save
+from engine.data import Data
+from engine.device import Machine
+from engine.evaluation import evaluate
+from engine.report import say
+from engine.runs import Run
+from engine.training import Diverged, derived_seed, train_epoch
+from model.layers import is_ternary, pruning_candidates, ternary_candidates
+from model_quantization.layers import TernaryLayers
+from model_quantization.optimizer import EC2TOptimizer
+
+TERNARIZE, RETRAIN = 0, 1
+PHASES = ("ternarize", "retrain")
+
+
+def zeros_percent(network: nn.Module) -> float:
+    """Share of a network's parameters that are zero weights of convolutions and linear layers, in percent."""
+    weights = [p for p in network.parameters() if p.ndim >= 2]
+    zeros = sum((w == 0).sum() for w in weights).item()
+    return 100 * zeros / sum(p.numel() for p in network.parameters())
+
+
+class Point:
+    """Grid point (s, g): its network, its ternary layers, and the two phases of its training."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, s: float, g: float, data: Data, machine: Machine, args: Namespace, run: Run
+    ):
+        self.spec, self.data, self.machine, self.args, self.run = checkpoint.spec, data, machine, args, run
+        self.network = machine.place(checkpoint.network())
+        choose = pruning_candidates if args.do_prune else ternary_candidates
+        names = choose(self.network, self.spec["name"])
+        parameters = dict(self.network.named_parameters())
+        if args.do_prune:  # layers that are ternary already neither move nor decay
+            for name in ternary_candidates(self.network, self.spec["name"]):
+                if name not in names and is_ternary(parameters[name]):
+                    parameters.pop(name).requires_grad_(False)
+        self.layers = TernaryLayers(self.network, names, s, g, args.lambda_sustain, args.do_prune)
+        self.others = [parameter for name, parameter in parameters.items() if name not in names]
+        self.runner = machine.runner(self.network)
+        self.best: dict | None = None
+
+    def train(self) -> dict:
+        """Run both phases, from where an earlier run stopped; return the record of the best epoch.
+
+        A loss that becomes NaN ends the training; the record then has the key `diverged`.
+        """
+        try:
+            if self.run.state:
+                self.best = self.run.state["best"]
+                phase, epoch = self.run.state["phase"], self.run.state["epoch"]
+                say(f"  continuing after epoch {epoch} of phase {PHASES[phase]!r}")
+                self._train_phase(phase, epoch, self.run.state)
+            else:
+                phase = TERNARIZE
+                self._train_phase(phase, 0)
+            if phase == TERNARIZE:
+                self._load_best()
+                self._train_phase(RETRAIN, 0)
+        except Diverged as error:
+            say(f"  stopped: {error}; try a smaller --lr than {self.args.lr:g}")
+            return {**self.best, "diverged": str(error)}
+        return self.best
+
+    def best_file(self, phase: str) -> Path:
+        """The best network of a phase; separate files, so that a resumed run finds the first phase's."""
+        return self.run.folder / f"best_{phase}.pt"
+
+    def _train_phase(self, phase: int, first: int, state: dict | None = None) -> None:
+        """Train from epoch `first` on, continuing from `state` where there is one."""
+        epochs = self.args.epochs if phase == TERNARIZE else self.args.retrain_epochs
+        self.layers.frozen = phase == RETRAIN
+        optimizer = EC2TOptimizer(self.layers, self.others, self.args.lr, self.args.lr2, self.args.weight_decay)
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+            self.network.load_state_dict(state["network"])
+        elif phase == TERNARIZE:
+            self._finish_epoch(phase, 0, None, optimizer)
+        for epoch in range(first, epochs):
+            seed = derived_seed(self.args.seed, 1 + phase, epoch)
+            description = f"{PHASES[phase]} {epoch + 1}/{epochs}"
+            loss = train_epoch(self.runner, optimizer, self.data, self.machine, seed, description)
+            self._finish_epoch(phase, epoch + 1, loss, optimizer)
+
+    def _finish_epoch(self, phase: int, epoch: int, loss: float | None, optimizer: EC2TOptimizer) -> None:
+        """Evaluate; note the epoch; keep the network if it is the best so far; save what resuming needs."""
+        validation = evaluate(self.network, self.data, self.machine)
+        statistics = self.layers.statistics()
+        record = {
+            "phase": PHASES[phase],
+            "epoch": epoch,
+            "train_loss": loss,
+            "val_loss": validation.loss,
+            "accuracy": validation.accuracy,
+            "zeros": zeros_percent(self.network),
+            "entropy": ((statistics.entropy * self.layers.numel.cpu()).sum() / self.layers.numel.sum().cpu()).item(),
+        }
+        if self.best is None or validation.accuracy > self.best["accuracy"]:
+            self.best = record
+            content = network_content(
+                self.spec,
+                self.network,
+                dataset=self.data.name,
+                image_size=self.data.image_size,
+                accuracy=validation.accuracy,
+                **self.layers.by_layer(),
+            )
+            save(content | {"layers": self.layers.state_dict()}, self.best_file(PHASES[phase]))
+        state = {
+            "phase": phase,
+            "epoch": epoch,
+            "network": self.network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "best": self.best,
+        }
+        self.run.save_epoch(record, state)
+        say(
+            f"  {PHASES[phase]:<9} {epoch:3d}  train loss {'   -  ' if loss is None else f'{loss:.4f}'}  "
+            f"val loss {validation.loss:.4f}  accuracy {validation.accuracy:6.2f}%  zeros {record['zeros']:5.2f}%  "
+            f"entropy {record['entropy']:.3f} bit  best {self.best['accuracy']:6.2f}%"
+        )
+
+    def _load_best(self) -> None:
+        """Load the best epoch's network, assignments and centroids of the first phase."""
+        content = read(self.best_file(PHASES[TERNARIZE]))
+        self.network.load_state_dict(content["state_dict"])
+        self.layers.load_state_dict(content["layers"])
