@@ -35,6 +35,14 @@ class Checkpoint:
         network.load_state_dict(self.state_dict, strict=False)  # names and shapes were checked on reading
         return network
 
+    def check_classes(self, classes: list[str], dataset: str, data_path: str) -> None:
+        """Raise a UserError unless the network tells as many classes apart as the data set has."""
+        if len(classes) != self.spec["num_classes"]:
+            raise UserError(
+                f"{self.path} tells {self.spec['num_classes']} classes apart, but {dataset} in {data_path} has "
+                f"{len(classes)}; pass the --dataset and --data-path that the network was trained on"
+            )
+
 
 def save(content: dict, path: Path) -> None:
     """Write `content` with torch.save: to a temporary file beside `path`, flushed, then renamed over it."""

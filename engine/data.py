@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,11 @@ NATIVE_SIZE = {"CIFAR100": 32, "CIFAR10": 32, "MNIST": 32, "FashionMNIST": 32, "
 
 @dataclass
 class ImagesInMemory:
-    """A data set as uint8 `[N, 3, H, W]` and labels `[N]` on the device, for training and for validation."""
+    """A data set as uint8 `[N, 3, H, W]` and labels `[N]` on the device; `train` is None for evaluation only."""
 
     name: str
     classes: list[str]
-    train: tuple[Tensor, Tensor]
+    train: tuple[Tensor, Tensor] | None
     val: tuple[Tensor, Tensor]
     augmentation: Augmentation
     batch_size: int
@@ -42,7 +43,7 @@ class ImagesInMemory:
 
     @property
     def image_size(self) -> int:
-        return self.train[0].shape[-1]
+        return self.val[0].shape[-1]
 
     @property
     def num_train_batches(self) -> int:
@@ -138,6 +139,7 @@ def load_data(
     val_batch_size: int = 512,
     workers: int = 4,
     bicubic: bool = False,
+    train: bool = True,
 ) -> Data:
     """Read the data set `name` from `path`; UserError where it is missing, empty or damaged.
 
@@ -145,6 +147,7 @@ def load_data(
         image_size: side in pixels; None takes 32 for small images and 224 for photographs.
         val_image_size: side of validation images, where it differs (photographs only).
         bicubic: resize validation photographs bicubically, as EfficientNet's published accuracy assumes.
+        train: read the training images too.
     """
     path = Path(path)
     folders = None if name == "digits" else _class_folders(path)
@@ -157,18 +160,27 @@ def load_data(
         return _photographs(
             name, folders, device, image_size or 224, val_image_size, batch_size, val_batch_size, workers, bicubic
         )
+    size = image_size or NATIVE_SIZE.get(name)
     if folders:
-        classes, train, val = _read_class_folders(folders, image_size or NATIVE_SIZE.get(name), max(workers, 1))
+        size = size or _first_image_size(folders[0])
+        classes = _class_names(folders[0])
+        train_split, val_split = (partial(_read_class_folders, split, size, max(workers, 1)) for split in folders)
     elif name == "digits":
-        classes, train, val = _digits(image_size or NATIVE_SIZE[name])
+        classes = [str(digit) for digit in range(10)]
+        train_split, val_split = (partial(_read_digits, size, held_out) for held_out in (False, True))
     else:
-        classes, train, val = _torchvision(name, path, image_size or NATIVE_SIZE[name])
-    size = train[0].shape[-1]
+        train_set, val_set = (_torchvision(name, path, split) for split in (True, False))
+        classes = list(val_set.classes)
+        train_split, val_split = (partial(_read_torchvision, dataset, size) for dataset in (train_set, val_set))
+
+    def on_device(split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return split[0].to(device), split[1].to(device)
+
     return ImagesInMemory(
         name,
         classes,
-        (train[0].to(device), train[1].to(device)),
-        (val[0].to(device), val[1].to(device)),
+        on_device(train_split()) if train else None,
+        on_device(val_split()),
         _augmentation(name, size),
         batch_size,
         val_batch_size,
@@ -200,10 +212,15 @@ def _class_folders(path: Path) -> tuple[Path, Path] | None:
     return train, val
 
 
+def _class_names(split: Path) -> list[str]:
+    return sorted(p.name for p in split.iterdir() if p.is_dir())
+
+
 def _image_files(split: Path) -> list[tuple[Path, int]]:
     """Every image file of the class folders under `split`, with its label."""
     files = []
-    for label, folder in enumerate(sorted(p for p in split.iterdir() if p.is_dir())):
+    for label, name in enumerate(_class_names(split)):
+        folder = split / name
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
         if not found:
             raise UserError(f"{folder}: holds no images ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
@@ -224,10 +241,8 @@ def _open(path: str | Path) -> Image.Image:
         raise UserError(f"{path}: does not decode as an image ({error}); mend or remove it") from None
 
 
-def _read_class_folders(folders: tuple[Path, Path], size: int | None, threads: int):
-    """Decode all images of small-image class folders to `size` px (None: the first image's) squares."""
-    classes = sorted(p.name for p in folders[0].iterdir() if p.is_dir())
-    size = size or _first_image_size(folders[0])
+def _read_class_folders(split: Path, size: int, threads: int) -> tuple[Tensor, Tensor]:
+    """Decode all images of small-image class folders to squares of `size` px."""
 
     def decode(file: tuple[Path, int]) -> np.ndarray:
         image = _open(file[0])
@@ -235,48 +250,49 @@ def _read_class_folders(folders: tuple[Path, Path], size: int | None, threads: i
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(image)
 
-    splits = []
-    for split in folders:
-        files = _image_files(split)
-        with ThreadPoolExecutor(threads) as pool:
-            images = np.stack(list(pool.map(decode, files, chunksize=64)))
-        splits.append((torch.from_numpy(images).movedim(3, 1).contiguous(), torch.tensor([f[1] for f in files])))
-    return classes, *splits
+    files = _image_files(split)
+    with ThreadPoolExecutor(threads) as pool:
+        images = np.stack(list(pool.map(decode, files)))
+    return torch.from_numpy(images).movedim(3, 1).contiguous(), torch.tensor([label for _, label in files])
 
 
-def _digits(size: int):
-    """Scikit-learn's 1,797 handwritten digits of 8 px, enlarged; every fifth of a fixed shuffle is held out."""
+def _read_digits(size: int, held_out: bool) -> tuple[Tensor, Tensor]:
+    """Scikit-learn's 1,797 handwritten digits of 8 px, enlarged; a fixed stratified fifth is held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
-    images = torch.from_numpy(bunch.images).float().mul(255 / 16)[:, None]
+    split = train_test_split(np.arange(len(bunch.target)), test_size=0.2, stratify=bunch.target, random_state=0)
+    indices = split[held_out]
+    images = torch.from_numpy(bunch.images[indices]).float().mul(255 / 16)[:, None]
+    return _resized(images, size).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(bunch.target[indices]).long()
+
+
+def _torchvision(name: str, path: Path, train: bool) -> datasets.VisionDataset:
+    """Open one of torchvision's data sets, downloading it where there is a network."""
+    try:
+        return getattr(datasets, name)(path, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: {name} is not there and can't be downloaded ({reason[:100]}); pass --data-path with the set "
+            f"or with train/ and test/ class folders"
+        ) from None
+
+
+def _read_torchvision(dataset: datasets.VisionDataset, size: int) -> tuple[Tensor, Tensor]:
+    """All images of a torchvision data set, grey ones with three channels, at `size` px."""
+    images = torch.as_tensor(np.asarray(dataset.data))
+    images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.movedim(3, 1)
+    if images.shape[-1] != size:
+        images = _resized(images.float(), size)
+    return images.contiguous(), torch.as_tensor(dataset.targets).long()
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    """Float images `[N, C, H, W]` of 0 to 255 as uint8 `[N, C, size, size]`, bicubic."""
     images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
-    images = images.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-    labels = torch.from_numpy(bunch.target).long()
-    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    return [str(digit) for digit in range(10)], (images[train], labels[train]), (images[val], labels[val])
-
-
-def _torchvision(name: str, path: Path, size: int):
-    """Read one of torchvision's data sets, downloading it where there is a network."""
-    splits = []
-    for train in (True, False):
-        try:
-            dataset = getattr(datasets, name)(path, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"{path}: {name} is not there and can't be downloaded ({reason[:100]}); pass --data-path with the set "
-                f"or with train/ and test/ class folders"
-            ) from None
-        images = torch.as_tensor(np.asarray(dataset.data))
-        images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.movedim(3, 1)
-        if images.shape[-1] != size:
-            images = F.interpolate(images.float(), size=(size, size), mode="bicubic", align_corners=False)
-            images = images.round().clamp(0, 255).to(torch.uint8)
-        splits.append((images.contiguous(), torch.as_tensor(dataset.targets).long()))
-    return list(dataset.classes), *splits
+    return images.round().clamp(0, 255).to(torch.uint8)
 
 
 def _photographs(name, folders, device, size, val_size, batch_size, val_batch_size, workers, bicubic) -> ImagesOnDisk:

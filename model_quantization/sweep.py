@@ -6,7 +6,6 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from engine import UserError
 from engine.checkpoint import Checkpoint, find, read, read_network, save, wanted_spec
 from engine.data import Data, load_data
 from engine.device import Machine, choose_machine
@@ -72,11 +71,7 @@ def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -
         workers=args.workers,
         bicubic=efficientnet,
     )
-    if len(data.classes) != checkpoint.spec["num_classes"]:
-        raise UserError(
-            f"{checkpoint.path} tells {checkpoint.spec['num_classes']} classes apart, but {data.name} in "
-            f"{args.data_path} has {len(data.classes)}; pass the data set that the network was trained on"
-        )
+    checkpoint.check_classes(data.classes, data.name, args.data_path)
     return data
 
 
