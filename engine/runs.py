@@ -42,11 +42,16 @@ class Run:
         path = self.folder / "result.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
+    @property
+    def log(self) -> list[dict]:
+        """The records of all epochs noted so far, as `log.jsonl` has them."""
+        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+
     def open(self, resume: bool) -> None:
         """Make the folder; with `resume`, read the state that the last whole epoch left there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "result.json").unlink(missing_ok=True)
-        _write(self.folder / "arguments.json", json.dumps(self.arguments, indent=2) + "\n")
+        write_text(self.folder / "arguments.json", json.dumps(self.arguments, indent=2) + "\n")
         if resume and self.last.is_file():
             content = read(self.last)
             self.state, self.history = content["state"], content["history"]
@@ -72,13 +77,14 @@ class Run:
         """Note an epoch and save what resuming after it needs."""
         self.history.append(record)
         save({"arguments": self.arguments, "state": state, "history": self.history}, self.last)
-        _write(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
     def finish(self, result: dict) -> None:
-        _write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that no moment leaves half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -75,9 +75,9 @@ def train_point(d: float, w: float, data: Data, machine: Machine, args: Namespac
     run.open(resume=not args.no_resume)
     start = time.monotonic()
     best = train(network, spec, data, machine, args, run)
-    row |= {"accuracy": best["accuracy"], "best_epoch": best["epoch"], "seconds": time.monotonic() - start}
-    if "diverged" not in best:
-        run.finish(row)
+    row |= {"accuracy": best["accuracy"], "best_epoch": best["epoch"], "diverged": best.get("diverged")}
+    row["seconds"] = time.monotonic() - start
+    run.finish(row)
     return row
 
 
@@ -109,7 +109,7 @@ def comparison(results: list[dict]) -> str:
             count(r["params"]),
             count(r["flop"]),
             f"{r['accuracy']:.2f}%",
-            r["best_epoch"] or "-",
+            f"{r['best_epoch'] or '-'}{' (diverged)' if r['diverged'] else ''}",
         ]
         for r in results
     ]

@@ -1,5 +1,8 @@
 """The command line of `run_quantization.py`."""
 
+import argparse
+import re
+
 from engine.cli import (
     Parser,
     add_data_arguments,
@@ -26,6 +29,13 @@ example: the published CIFAR-100 run, on the network that stage 1 left in its fo
   python run_quantization.py --model-dict model_compound_scaling/saved_models/best_model.pt --dataset CIFAR100 \\
     --batch-size 128 --epochs 20 --retrain-epochs 20 --ini-c-divrs 0.45 --lambda-max-divrs 0.15
 """
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Parse `i/n`, with 1 <= i <= n."""
+    if not (match := re.fullmatch(r"(\d+)/(\d+)", text)) or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
+    return int(match[1]), int(match[2])
 
 
 def parser() -> Parser:
@@ -56,6 +66,19 @@ def parser() -> Parser:
         default=0.0,
         metavar="SIGMA",
         help="lets small layers keep a part of the constraint: delta' = (delta + sigma) / (1 + sigma)",
+    )
+    sweep.add_argument(
+        "--select",
+        choices=("accuracy", "score"),
+        default="accuracy",
+        help="the best network has the highest accuracy (as published), or the smallest score at the task's threshold",
+    )
+    sweep.add_argument(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="run every N-th pair from the I-th on: N machines share a sweep, each table shows what all have finished",
     )
     sweep.add_argument("--do-prune", action="store_true", help="prune instead of ternarizing; ternary layers stay fixed")
 

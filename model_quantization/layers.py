@@ -64,7 +64,7 @@ class TernaryLayers:
             view = self.view(self.quantized, i)
             view.copy_(parameter.detach())
             parameter.data = view
-            parameter.grad = self.view(self.gradient, i)
+            parameter.grad = self.view(self.gradient, i)  # backward adds to it
         self.weights = nn.Parameter(self.quantized.float().clone())
         self.weights.grad = self.gradient.float()  # the same memory for float32 parameters
         rows = torch.tensor(rows, device=device)
@@ -116,10 +116,11 @@ class TernaryLayers:
         w_p, w_n or 1 is the weights' gradient. Pruned weights take g_q as it is, and centroids get none.
         """
         if self.prune:
+            self.weights.grad.copy_(self.gradient)
             return
         signed, unsigned = self._row_vector(), self._row_vector()
         for rows in self._chunks():
-            gradient, assignment = self.gradient[rows], self.assignment[rows].float()
+            gradient, assignment = self.gradient[rows].float(), self.assignment[rows].float()
             assigned = assignment.abs()
             signed[rows] = torch.linalg.vecdot(assignment, gradient)
             unsigned[rows] = torch.linalg.vecdot(assigned, gradient)

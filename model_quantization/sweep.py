@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -11,9 +12,12 @@ from engine.data import Data, load_data
 from engine.device import Machine, choose_machine
 from engine.evaluation import evaluate
 from engine.report import say, table
-from engine.runs import Run, resume_from
-from model import EFFICIENTNETS
+from engine.rulers import published
+from engine.rulers.tally import Task, Widths, task_of
+from engine.runs import Run, resume_from, write_text
+from model import EFFICIENTNETS, build
 from model_quantization.arguments import FP_MODELS
+from model_quantization.plots import plot_layers, plot_sweep, plot_ternarization
 from model_quantization.training import Point
 
 RESULT_ARGUMENTS = (
@@ -23,7 +27,7 @@ RESULT_ARGUMENTS = (
 
 
 def run(args: Namespace) -> int:
-    """Run every pair of the grid, print the comparison, copy the best network to `Ternary_best_acc.pt`."""
+    """Run this shard's pairs of the grid; compare all finished ones; copy the best network."""
     path = find(args.model_dict, Path(FP_MODELS))
     checkpoint = read_network(path, wanted_spec(args.model, args.dw_multps, args.phi))
     machine = choose_machine(args.cuda, args.amp, args.compile)
@@ -37,17 +41,28 @@ def run(args: Namespace) -> int:
     runs = [point_run(save_dir, s, g, checkpoint, data, args) for s, g in grid]
     if args.resume:
         resume_from(Path(args.resume), runs)
-    results = [run_point(s, g, checkpoint, data, machine, args, point) for (s, g), point in zip(grid, runs)]
+    shard, shards = args.shard
+    for (s, g), point in list(zip(grid, runs))[shard - 1 :: shards]:
+        run_point(s, g, checkpoint, data, machine, args, point)
 
-    say("\n" + comparison(results))
-    best = max(results, key=lambda result: result["accuracy"])
-    content = read(Path(best["file"]))
+    task = task_of(data.name)
+    finished = [run for run in runs if run.result]
+    results = [run.result for run in finished]
+    best = select(results, args.select, task)
+    say("\n" + comparison(results, best))
+    best_path, stem = save_dir / "Ternary_best_acc.pt", save_dir / path.stem
+    content = read(best_file(finished[best]))
     del content["layers"]
-    save(content, save_dir / "Ternary_best_acc.pt")
-    say(
-        f"\nBest: s {best['s']:g}, g {best['g']:g} with {best['accuracy']:.2f}% at {best['zeros']:.2f}% zeros"
-        f" -> {save_dir / 'Ternary_best_acc.pt'}"
-    )
+    save(content, best_path)
+    write_text(stem.with_name(f"{stem.name}_sweep.json"), json.dumps(results, indent=2) + "\n")
+    pictures = [
+        plot_sweep(results, best, task if data.name == task.key else None, stem.with_name(f"{stem.name}_sweep.png")),
+        plot_layers(content["assignments"], results[best], stem.with_name(f"{stem.name}_layers.png")),
+    ]
+    say(f"\nPlots: {' '.join(map(str, pictures))}")
+    row = results[best]
+    say(f"Best by {args.select}: s {row['s']:g}, g {row['g']:g}, {row['accuracy']:.2f}%, "
+        f"{row['zeros']:.2f}% zeros -> {best_path}")
     return 0
 
 
@@ -83,34 +98,58 @@ def point_run(save_dir: Path, s: float, g: float, checkpoint: Checkpoint, data: 
     return Run(save_dir, f"{checkpoint.path.stem}_s{s:g}_g{g:g}", arguments)
 
 
+def best_file(run: Run) -> Path:
+    """The best network of a finished run."""
+    return run.folder / f"best_{run.result['phase']}.pt"
+
+
 def run_point(
     s: float, g: float, checkpoint: Checkpoint, data: Data, machine: Machine, args: Namespace, run: Run
-) -> dict:
-    """Run grid point (s, g), or continue or skip it, and return its row of the comparison."""
+) -> None:
+    """Run grid point (s, g), or continue it; skip it if it is finished."""
     say(f"\nGrid point s {s:g}, g {g:g}  ({run.folder})")
-    result = None if args.no_resume else run.result
-    if result:
-        say(f"  finished before with {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
+    if run.result and not args.no_resume:
+        say(f"  finished before with {run.result['accuracy']:.2f}% at {run.result['zeros']:.2f}% zeros")
     else:
         run.open(resume=not args.no_resume)
-        point = Point(checkpoint, s, g, data, machine, args, run)
         start = time.monotonic()
-        best = point.train()
-        result = {"s": s, "g": g, **best, "file": str(point.best_file(best["phase"]))}
-        result["seconds"] = time.monotonic() - start
-        if "diverged" not in best:
-            run.finish(result)
+        best = Point(checkpoint, s, g, data, machine, args, run).train()
+        seconds = time.monotonic() - start
+        run.finish({"s": s, "g": g, **best, **scored(run, best, data), "seconds": seconds})
     if args.plot_ternarization:
-        from model_quantization.plots import plot_ternarization
-
-        picture = plot_ternarization(read(Path(result["file"])), run, result)
-        say(f"  plot: {picture}")
-    return result
+        say(f"  plot: {plot_ternarization(read(best_file(run)), run)}")
 
 
-def comparison(results: list[dict]) -> str:
-    """The table of all grid points."""
-    headers = ["s", "g", "accuracy", "zeros", "entropy", "best epoch", "time"]
+def scored(run: Run, best: dict, data: Data) -> dict:
+    """What the best network counts as on the `published` ruler at 16 bit, as `run_scoring.py` counts by default."""
+    content = read(run.folder / f"best_{best['phase']}.pt")
+    network = build(content["model"])
+    network.load_state_dict(content["state_dict"])
+    tally = published.count(network, content["model"]["name"], data.image_size, Widths())
+    return {
+        "params": tally.params,
+        "scoring_params": tally.total_scoring_params,
+        "mflop": tally.total_mflop,
+        "score": tally.score(task_of(data.name)),
+    }
+
+
+def select(results: list[dict], by: str, task: Task) -> int:
+    """The index of the best result: the highest accuracy, or the smallest score that holds the task's threshold.
+
+    Where none holds it, the highest accuracy is best by score too.
+    """
+    if by == "score":
+        holding = [i for i, r in enumerate(results) if r["accuracy"] >= task.threshold_percent]
+        if holding:
+            return min(holding, key=lambda i: results[i]["score"])
+        say(f"\nNo network holds {task.threshold_percent:g}%: the highest accuracy counts")
+    return max(range(len(results)), key=lambda i: results[i]["accuracy"])
+
+
+def comparison(results: list[dict], best: int) -> str:
+    """The table of all finished grid points, the best one marked."""
+    headers = ["s", "g", "accuracy", "zeros", "entropy", "scoring params", "MFLOP", "score", "best epoch", "time", ""]
     rows = [
         [
             f"{r['s']:g}",
@@ -118,9 +157,13 @@ def comparison(results: list[dict]) -> str:
             f"{r['accuracy']:.2f}%",
             f"{r['zeros']:.2f}%",
             f"{r['entropy']:.3f} bit",
+            f"{r['scoring_params']:,}",
+            f"{r['mflop']:.2f}",
+            f"{r['score']:.5f}",
             f"{r['phase']} {r['epoch']}",
             f"{r['seconds']:.0f} s",
+            "best" if i == best else "diverged" if r.get("diverged") else "",
         ]
-        for r in results
+        for i, r in enumerate(results)
     ]
     return table(headers, rows)

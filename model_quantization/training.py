@@ -21,10 +21,9 @@ PHASES = ("ternarize", "retrain")
 
 
 def zeros_percent(network: nn.Module) -> float:
-    """Share of a network's parameters that are zero weights of convolutions and linear layers, in percent."""
-    weights = [p for p in network.parameters() if p.ndim >= 2]
-    zeros = sum((w == 0).sum() for w in weights).item()
-    return 100 * zeros / sum(p.numel() for p in network.parameters())
+    """Share of a network's parameters that are zero, in percent."""
+    parameters = list(network.parameters())
+    return 100 * sum((p == 0).sum() for p in parameters).item() / sum(p.numel() for p in parameters)
 
 
 class Point:

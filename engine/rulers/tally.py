@@ -24,11 +24,25 @@ class Task:
     correct: int
     images: int
 
+    @property
+    def key(self) -> str:
+        """The task's name as `--dataset` knows it."""
+        return self.name.replace("-", "")
+
+    @property
+    def threshold_percent(self) -> float:
+        return 100 * self.correct / self.images
+
 
 TASKS = {
     "CIFAR-100": Task("CIFAR-100", 36.5e6, 10.49e9, 8_000, 10_000),
     "ImageNet": Task("ImageNet", 6.9e6, 1170e6, 37_500, 50_000),
 }
+
+
+def task_of(dataset: str) -> Task:
+    """The task that a data set's networks are scored on: its own, else CIFAR-100."""
+    return next((task for task in TASKS.values() if task.key == dataset), TASKS["CIFAR-100"])
 
 
 @dataclass
