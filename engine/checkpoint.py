@@ -5,6 +5,7 @@ with what the stage that wrote it adds. Bare state dicts, `module.` prefixes and
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,13 +51,22 @@ def save(content: dict, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
+            torch.save(_canonical(content), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _canonical(content):
+    """`content` in plain containers that share nothing, so that equal content gives equal bytes when pickled."""
+    if isinstance(content, Mapping):
+        return {_canonical(key): _canonical(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(_canonical(value) for value in content)
+    return sys.intern(content) if type(content) is str else content
 
 
 def network_content(spec: dict, network: nn.Module, **extra) -> dict:

@@ -1,0 +1,234 @@
+"""The three programs on real images (scikit-learn's digits), run in this process: results, resuming, selection."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine.training
+import model_compound_scaling.search
+import model_quantization.sweep
+import model_scoring.scoring
+from engine.checkpoint import network_content, read, save
+from model import build
+from model_compound_scaling.arguments import parser as scaling_parser
+from model_quantization.arguments import parser as quantization_parser
+from model_scoring.arguments import parser as scoring_parser
+from model_scoring.layers import load_layer
+
+DIGITS = "--dataset digits --image-size 8 --batch-size 479 --no-cuda".split()  # three steps an epoch
+FILES = ("last.pt", "log.jsonl", "arguments.json")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny networks: several threads wait longer for each other than one computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def scale(save_dir: Path, *arguments: str) -> int:
+    command = [*DIGITS, "--phi", "1", "--save-dir", str(save_dir), *arguments]
+    return model_compound_scaling.search.run(scaling_parser().parse_args(command))
+
+
+def quantize(checkpoint: Path, save_dir: Path, *arguments: str) -> int:
+    command = ["--model-dict", str(checkpoint), *DIGITS, "--save-dir", str(save_dir), *arguments]
+    return model_quantization.sweep.run(quantization_parser().parse_args(command))
+
+
+def score(checkpoint: Path, *arguments: str) -> int:
+    command = ["--t-model", str(checkpoint), "--no-cuda", *arguments]
+    return model_scoring.scoring.run(scoring_parser().parse_args(command))
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory) -> Path:
+    """A ResNet-20 for digits, untrained: enough wherever accuracy does not matter."""
+    torch.manual_seed(0)
+    spec = {"name": "resnet20", "num_classes": 10}
+    path = tmp_path_factory.mktemp("fp") / "resnet.pt"
+    save(network_content(spec, build(spec), dataset="digits", image_size=8), path)
+    return path
+
+
+def interrupt_after(monkeypatch, epochs: int) -> None:
+    """Let Ctrl-C arrive in the middle of the epoch after `epochs` whole ones."""
+    calls = itertools.count()
+    original = engine.training.F.cross_entropy
+
+    def cross_entropy(*args, **kwargs):
+        if "reduction" not in kwargs and next(calls) == 3 * epochs + 1:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(engine.training.F, "cross_entropy", cross_entropy)
+
+
+def runs(save_dir: Path) -> list[Path]:
+    return sorted(p for p in save_dir.iterdir() if p.is_dir())
+
+
+def assert_same_runs(first: Path, second: Path, files: tuple[str, ...]) -> None:
+    assert [p.name for p in runs(first)] == [p.name for p in runs(second)] != []
+    for one, two in zip(runs(first), runs(second)):
+        for name in files:
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_scaling_trains_compares_and_keeps_every_point(tmp_path, capsys):
+    assert scale(tmp_path, "--grid", "0.14", "1", "0.14", "0.5", "--epochs", "2", "--lr", "0.05") == 0
+    assert len(runs(tmp_path)) == 2
+    results = [json.loads((run / "result.json").read_text()) for run in runs(tmp_path)]
+    best = max(results, key=lambda r: r["accuracy"])
+    content = read(tmp_path / "best_model.pt")
+    assert content["model"] == best["spec"] and content["accuracy"] == best["accuracy"]
+    table = capsys.readouterr().out.split("\n\n")[-2]
+    assert "1-1-1" in table and "16-32-64" in table and "8-16-32" in table
+    for result in results:
+        assert f"{result['accuracy']:.2f}%" in table
+
+
+@pytest.mark.parametrize("whole_epochs", [0, 1])
+def test_scaling_resumes_bit_identically(tmp_path, monkeypatch, whole_epochs):
+    arguments = ["--grid", "0.14", "0.5", "--epochs", "3", "--lr", "0.05"]
+    scale(tmp_path / "whole", *arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, whole_epochs)
+        scale(tmp_path / "parts", *arguments)
+    scale(tmp_path / "parts", *arguments)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts", (*FILES, "best.pt"))
+    assert (tmp_path / "whole/best_model.pt").read_bytes() == (tmp_path / "parts/best_model.pt").read_bytes()
+
+
+@pytest.mark.parametrize("whole_epochs", [0, 1, 2, 3])
+@pytest.mark.parametrize("prune", [False, True])
+def test_quantization_resumes_bit_identically(resnet, tmp_path, monkeypatch, whole_epochs, prune):
+    arguments = "--epochs 2 --retrain-epochs 2 --lr 1e-3 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
+    arguments += ["--do-prune"] * prune
+    quantize(resnet, tmp_path / "whole", *arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, whole_epochs)
+        quantize(resnet, tmp_path / "parts", *arguments)
+    quantize(resnet, tmp_path / "parts", *arguments)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts", (*FILES, "best_ternarize.pt"))
+    for name in ("Ternary_best_acc.pt",):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_resume_takes_the_state_of_another_folder_and_refuses_other_arguments(resnet, tmp_path, monkeypatch):
+    arguments = "--epochs 2 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 1)
+        quantize(resnet, tmp_path / "first", *arguments)
+    (last,) = (run / "last.pt" for run in runs(tmp_path / "first"))
+    with pytest.raises(engine.UserError, match="lr was 0.0001 and is 0.5"):
+        quantize(resnet, tmp_path / "second", *arguments, "--lr", "0.5", "--resume", str(last))
+    with pytest.raises(engine.UserError, match="no run's state"):
+        quantize(resnet, tmp_path / "second", *arguments, "--resume", str(resnet))
+
+
+def test_a_finished_point_is_not_run_again_unless_wanted(resnet, tmp_path, capsys):
+    arguments = "--epochs 1 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
+    quantize(resnet, tmp_path, *arguments)
+    capsys.readouterr()
+    quantize(resnet, tmp_path, *arguments)
+    assert "finished before" in capsys.readouterr().out
+    quantize(resnet, tmp_path, *arguments, "--no-resume")
+    assert "finished before" not in capsys.readouterr().out
+
+
+def test_grid_points_are_independent_of_each_other_and_of_shards(resnet, tmp_path):
+    """The second point of a sweep equals the same point run alone; shards together equal the sweep."""
+    common = "--epochs 1 --retrain-epochs 1 --lambda-max-divrs 0.1".split()
+    quantize(resnet, tmp_path / "sweep", *common, "--ini-c-divrs", "0.3", "0.5")
+    quantize(resnet, tmp_path / "alone", *common, "--ini-c-divrs", "0.5")
+    (alone,) = runs(tmp_path / "alone")
+    assert (alone / "last.pt").read_bytes() == (tmp_path / "sweep" / alone.name / "last.pt").read_bytes()
+
+    for shard in ("1/2", "2/2"):
+        quantize(resnet, tmp_path / "shards", *common, "--ini-c-divrs", "0.3", "0.5", "--shard", shard)
+        done = json.loads((tmp_path / "shards" / "resnet_sweep.json").read_text())
+        assert len(done) == int(shard[0])
+    assert_same_runs(tmp_path / "sweep", tmp_path / "shards", FILES)
+
+
+def test_ternary_checkpoint_holds_what_it_says(resnet, tmp_path):
+    quantize(resnet, tmp_path, *"--epochs 1 --retrain-epochs 1 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
+    content = read(tmp_path / "Ternary_best_acc.pt")
+    assert len(content["assignments"]) == 18
+    for name, assignment in content["assignments"].items():
+        w_p, w_n = content["centroids"][name]
+        weight = torch.where(assignment > 0, w_p, torch.where(assignment < 0, -w_n, 0.0))
+        assert torch.equal(weight, content["state_dict"][name])
+        assert {-1, 0, 1} == set(assignment.unique().tolist())
+
+
+def test_pruning_leaves_ternary_layers_bit_identical(tmp_path):
+    torch.manual_seed(0)
+    spec = {"name": "resnet20", "num_classes": 10}
+    content = network_content(spec, build(spec), dataset="digits", image_size=8)
+    for name in ("layer1.0.conv1.weight", "layer3.2.conv2.weight"):
+        weight = content["state_dict"][name]
+        content["state_dict"][name] = 0.1 * weight.sign() * (weight.abs() > weight.std())
+    save(content, tmp_path / "half_ternary.pt")
+    arguments = "--do-prune --epochs 2 --retrain-epochs 1 --lr 1e-3 --weight-decay 0.1".split()
+    quantize(tmp_path / "half_ternary.pt", tmp_path, *arguments, "--ini-c-divrs", "0.3", "--lambda-max-divrs", "0.1")
+    (run,) = runs(tmp_path)
+    state = read(run / "last.pt")["state"]["network"]
+    for name, weight in content["state_dict"].items():
+        if name in ("layer1.0.conv1.weight", "layer3.2.conv2.weight"):
+            assert torch.equal(state[name], weight)
+        elif ".conv" in name:
+            assert (state[name] == 0).any() and state[name].unique().numel() > 100
+        elif name == "linear.weight":
+            assert not torch.equal(state[name], weight)
+
+
+def test_a_loss_that_becomes_nan_stops_the_point_and_keeps_the_last_good_network(tmp_path, capsys):
+    with pytest.raises(engine.UserError, match="smaller --lr"):
+        scale(tmp_path, "--grid", "0.14", "0.5", "--epochs", "2", "--lr", "1e30")
+    assert "stopped: the training loss became" in capsys.readouterr().out
+    assert not (tmp_path / "best_model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "by", "best"),
+    [
+        ([(80.5, 3), (80.1, 2), (79.9, 1)], "accuracy", 0),
+        ([(80.5, 3), (80.0, 2), (79.999, 1)], "score", 1),
+        ([(70.0, 3), (71.0, 9)], "score", 1),
+    ],
+)
+def test_selection(rows, by, best):
+    results = [{"accuracy": accuracy, "score": points} for accuracy, points in rows]
+    assert model_quantization.sweep.select(results, by, engine.rulers.tally.task_of("CIFAR100")) == best
+
+
+@pytest.mark.parametrize("coo", [False, True])
+def test_exported_layers_read_back_to_the_same_weights(resnet, tmp_path, monkeypatch, coo):
+    quantize(resnet, tmp_path, *"--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
+    monkeypatch.setattr(model_scoring.scoring, "SAVED_LAYERS", str(tmp_path / "layers"))
+    score(tmp_path / "Ternary_best_acc.pt", *["--save", "--pt-sparse"][: 1 + coo])
+    state_dict = read(tmp_path / "Ternary_best_acc.pt")["state_dict"]
+    files = list((tmp_path / "layers" / "Ternary_best_acc").iterdir())
+    assert len(files) == 18
+    for file in files:
+        weight = state_dict[f"{file.stem}.weight"]
+        assert torch.equal(load_layer(file), weight)
+        if not coo and weight.numel() > 30_000:
+            assert file.stat().st_size < weight.numel() / 4 + 2500  # two bits a weight, and torch's container
+
+
+def test_scoring_prints_every_layer_and_the_score(resnet, tmp_path, capsys):
+    quantize(resnet, tmp_path, *"--epochs 1 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
+    (row,) = json.loads((tmp_path / "resnet_sweep.json").read_text())
+    capsys.readouterr()
+    score(tmp_path / "Ternary_best_acc.pt", "--eval", "--no-halfprecision")
+    out = capsys.readouterr().out
+    assert sum(line.startswith("  layer") for line in out.splitlines()) >= 18
+    assert f"{row['accuracy']:.2f}%" in out and f"{row['zeros']:.2f}%" in out
