@@ -18,7 +18,7 @@ from model import build
 from model.micronet import MicroNet
 from model_compound_scaling.training import train
 
-RESULT_ARGUMENTS = ("epochs", "start_epoch", "batch_size", "lr", "momentum", "weight_decay", "seed", "amp")
+RESULT_ARGUMENTS = ("epochs", "start_epoch", "batch_size", "lr", "momentum", "weight_decay", "seed", "amp", "compile")
 
 
 def run(args: Namespace) -> int:

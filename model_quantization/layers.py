@@ -49,7 +49,7 @@ class TernaryLayers:
         parameters = dict(network.named_parameters())
         self.names = list(names)
         self.parameters = [parameters[name] for name in names]
-        self.prune, self.frozen = prune, False
+        self.prune, self.frozen, self.chunk = prune, False, CHUNK
         device, dtype = self.parameters[0].device, self.parameters[0].dtype
         sizes = [p.numel() for p in self.parameters]
         rows = [-(-size // ROW) for size in sizes]
@@ -79,6 +79,11 @@ class TernaryLayers:
         self.centroids.grad = torch.zeros_like(self.centroids)
         self.assign()
 
+    def compile(self) -> None:
+        """Compile the two passes of a step: their operations fuse, and need no chunks to stay in the cache."""
+        self.chunk = len(self.weights)
+        self.assign, self.scale_gradients = torch.compile(self.assign), torch.compile(self.scale_gradients)
+
     def view(self, buffer: Tensor, i: int) -> Tensor:
         """Layer `i` of a flat buffer, in the shape and memory layout of its parameter."""
         shape = self.parameters[i].shape
@@ -90,23 +95,24 @@ class TernaryLayers:
         extent = self.extent()
         w_p, w_n = ec2t.bounded_centroids(*self.centroids.double(), extent)
         self.centroids.copy_(torch.stack([w_p, w_n]))
-        if not self.frozen:
+        row_w_p, row_w_n = self._per_row(w_p), self._per_row(w_n)
+        if self.frozen:
+            for rows in self._chunks():
+                plus = self.assignment[rows].clamp(min=0).float()
+                self._rebuild(rows, plus, plus - self.assignment[rows], row_w_p, row_w_n)
+        else:
             n_p, n_n = self._count_beyond(w_p / 2, w_n / 2)
             t_p, t_n, _ = ec2t.thresholds(w_p, w_n, n_p, n_n, extent, self.strength)
             for rows, plus, minus in self._beyond(t_p, t_n):
                 self.assignment[rows] = plus - minus
-        self._rebuild()
+                self._rebuild(rows, plus, minus, row_w_p, row_w_n)
 
-    def _rebuild(self) -> None:
-        """Set `quantized` from the assignment and the centroids, or from the weights that are kept."""
-        w_p, w_n = (self._per_row(centroid) for centroid in self.centroids.detach())
-        for rows in self._chunks():
-            assignment = self.assignment[rows].float()
-            if self.prune:
-                torch.mul(self.weights.detach()[rows], assignment.abs(), out=self.quantized[rows])
-            else:
-                plus, minus = assignment.clamp(min=0), assignment.clamp(max=0)
-                torch.addcmul(plus * w_p[rows], minus, w_n[rows], out=self.quantized[rows])
+    def _rebuild(self, rows: slice, plus: Tensor, minus: Tensor, w_p: Tensor, w_n: Tensor) -> None:
+        """Set `quantized` where the assignment is +1 (`plus` is 1.0) and where it is -1 (`minus` is 1.0)."""
+        if self.prune:
+            self.quantized[rows] = self.weights[rows] * (plus + minus)
+        else:
+            torch.addcmul(plus * w_p[rows], minus, -w_n[rows], out=self.quantized[rows])
 
     @torch.no_grad()
     def scale_gradients(self) -> None:
@@ -160,7 +166,7 @@ class TernaryLayers:
         return self._per_layer(n_p).sum(1), self._per_layer(n_n).sum(1)
 
     def _chunks(self) -> Iterator[slice]:
-        return (slice(start, start + CHUNK) for start in range(0, len(self.weights), CHUNK))
+        return (slice(start, start + self.chunk) for start in range(0, len(self.weights), self.chunk))
 
     def _row_vector(self) -> Tensor:
         return torch.empty(len(self.weights), device=self.weights.device)

@@ -22,7 +22,7 @@ from model_quantization.training import Point
 
 RESULT_ARGUMENTS = (
     *("epochs", "retrain_epochs", "batch_size", "lr", "lr2", "weight_decay", "lambda_sustain", "do_prune"),
-    *("seed", "amp"),
+    *("seed", "amp", "compile"),
 )
 
 

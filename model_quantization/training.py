@@ -42,6 +42,8 @@ class Point:
                 if name not in names and is_ternary(parameters[name]):
                     parameters.pop(name).requires_grad_(False)
         self.layers = TernaryLayers(self.network, names, s, g, args.lambda_sustain, args.do_prune)
+        if machine.compile:
+            self.layers.compile()
         self.others = [parameter for name, parameter in parameters.items() if name not in names]
         self.runner = machine.runner(self.network)
         self.best: dict | None = None
