@@ -4,21 +4,26 @@ A checkpoint is a dict with `state_dict` (plain names) and `model` (the network'
 with what the stage that wrote it adds. Bare state dicts, `module.` prefixes and the 2019 layout are read too.
 """
 
+import io
 import os
+import re
 import sys
-import tempfile
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engine import UserError
+from engine import DATASETS, UserError
 from model import MICRONETS, MODELS, build
-from model.identify import identify, mismatches
+from model.identify import expected_state_dict, mismatches, nearest
+from model.micronet import MAX_MULTIPLIER
 
-SUFFIXES = (".pt", ".pth", ".th", ".tar")
+SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors")
+LISTED = 12  # files of a folder that an error message names
 
 
 @dataclass
@@ -46,18 +51,27 @@ class Checkpoint:
 
 
 def save(content: dict, path: Path) -> None:
-    """Write `content` with torch.save: to a temporary file beside `path`, flushed, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `content` with torch.save; no moment leaves half a file."""
+    buffer = io.BytesIO()
+    torch.save(_canonical(content), buffer)
+    write_whole(buffer.getbuffer(), path)
+
+
+def write_whole(data: bytes | memoryview, path: Path) -> None:
+    """Write a file so that no moment leaves half of it: beside `path`, flushed, then renamed over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(_canonical(content), file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); make room, or pass another folder") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _canonical(content):
@@ -84,36 +98,80 @@ def wanted_spec(model: str | None, dw_multps: list[float] | None, phi: float | N
     """The part of a spec that `--model`, `--dw-multps` and `--phi` ask for; flags left out ask for nothing."""
     spec = {"name": model} if model else {}
     if dw_multps or phi is not None:
-        depth, width = dw_multps or (1.4, 1.2)
-        exponent = 3.5 if phi is None else phi
-        spec |= {"depth": depth**exponent, "width": width**exponent}
+        spec |= scaled(*(dw_multps or (1.4, 1.2)), 3.5 if phi is None else phi)
+    return spec
+
+
+def scaled(d: float, w: float, phi: float) -> dict[str, float]:
+    """The part of a spec that says MicroNet(d^phi, w^phi); UserError where nobody can mean such a network."""
+    spec = {}
+    for part, multiplier in (("depth", d), ("width", w)):
+        try:
+            spec[part] = multiplier**phi
+        except OverflowError:
+            spec[part] = float("inf")
+        if not 0 < spec[part] <= MAX_MULTIPLIER:
+            raise UserError(
+                f"a {part} multiplier of {multiplier:g}^{phi:g} = {spec[part]:.3g} makes no usable network: "
+                f"take multipliers and phi for more than 0 and at most {MAX_MULTIPLIER:g}, such as 1.4^3.5"
+            )
     return spec
 
 
 def find(name: str, folder: Path) -> Path:
     """Return the file `name`, a path or a bare name in `folder`; UserError lists the folder if there is none."""
     for path in (folder / name, Path(name)):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
-    there = sorted(path.name for path in folder.glob("*") if path.suffix in SUFFIXES)
-    listing = f"it holds {', '.join(there)}" if there else "it holds no checkpoints"
-    raise UserError(f"no checkpoint {name!r}, neither as a path nor in {folder} ({listing})")
+    if os.path.isdir(name):
+        raise UserError(f"{name!r} is a folder; pass a file in it ({_listing(Path(name))})")
+    if os.path.dirname(name):
+        raise UserError(f"no file {name!r} ({_listing(Path(name).parent)})")
+    raise UserError(f"no file {name!r}, neither as a path nor in {folder} ({_listing(folder)})")
 
 
 def read(path: Path) -> dict:
     """Read a torch file without executing anything in it; UserError where it is not one, or damaged."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        with warnings.catch_warnings(action="ignore"):  # of odd pickles; what matters becomes an error
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a whole, safely loadable checkpoint ({reason[:120]}); copy it again") from None
+        raise UserError(f"{path}: {_damage(path, error)}; pass another file ({_listing(path.parent)})") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint with a state dict")
     return dict(content)
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """Say in plain words why `torch.load` failed with `error`."""
+    if isinstance(error, OSError):
+        return f"can't be read ({error.strerror})"
+    if kept_out := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"holds the Python object {kept_out[1]}, and only tensors and plain values are read from files"
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if not start:
+        return "is empty"
+    return "is truncated or damaged" if start in (b"PK", b"\x80\x02") else "is not a PyTorch checkpoint"
+
+
+def _listing(folder: Path) -> str:
+    """Say what lies in `folder`, checkpoints first."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    there = (path for path in folder.iterdir() if not path.name.startswith("."))
+    names = [path.name for path in sorted(there, key=lambda path: (path.suffix not in SUFFIXES, path.name))]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{folder} holds {', '.join(names[:LISTED]) or 'no files'}{more}"
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the tensors alone, of a network that is not one of ours."""
+    state_dict = _state_dict(read(path), path)
+    _check_values(state_dict, path)
+    return state_dict
 
 
 def read_network(path: Path, wanted: dict | None = None) -> Checkpoint:
@@ -124,17 +182,16 @@ def read_network(path: Path, wanted: dict | None = None) -> Checkpoint:
     """
     content = read(path)
     state_dict = _state_dict(content, path)
-    spec = content.get("model") if isinstance(content.get("model"), Mapping) else None
-    if spec is not None:
+    if _is_spec(content.get("model")):
+        spec = dict(content["model"])
         _check_spec(spec, state_dict, path)
     else:
-        spec = identify(state_dict)
-        if spec is None:
-            raise UserError(f"{path}: the tensors fit none of the known networks ({', '.join(MODELS)})")
+        spec = _identified(state_dict, path)
+    _check_values(state_dict, path)
     if wanted:
-        _check_wanted(wanted, spec, state_dict, path)
+        check_wanted(wanted, spec, state_dict, path)
     extra = {key: value for key, value in content.items() if key not in ("model", "state_dict")}
-    return Checkpoint(path, dict(spec), state_dict, extra if "state_dict" in content else {})
+    return Checkpoint(path, spec, state_dict, _usable(extra) if "state_dict" in content else {})
 
 
 def describe(spec: dict) -> str:
@@ -151,34 +208,71 @@ def _state_dict(content: dict, path: Path) -> dict[str, Tensor]:
             tensors = content[key]
             break
     if not _all_tensors(tensors):
-        raise UserError(f"{path}: holds no state dict (found {', '.join(map(str, list(content)[:5])) or 'nothing'})")
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds NaN or infinite values; take an earlier checkpoint")
-    return tensors
+        raise UserError(f"{path}: holds no tensors by name ({_keys(content)}); pass another file")
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def _keys(content: dict) -> str:
+    return f"its keys: {', '.join(map(str, list(content)[:5]))}" if content else "it is an empty dict"
 
 
 def _all_tensors(tensors: Mapping) -> bool:
     return bool(tensors) and all(isinstance(t, Tensor) and isinstance(name, str) for name, t in tensors.items())
 
 
-def _check_spec(spec: Mapping, state_dict: dict, path: Path) -> None:
+def _is_spec(model) -> bool:
+    """Whether the entry `model` of a file is a whole spec of ours; other programs keep other things there."""
+    if not isinstance(model, Mapping) or not all(isinstance(value, int | float | str) for value in model.values()):
+        return False
+    needed = {"depth", "width", "num_classes"} if model.get("name") in MICRONETS else {"num_classes"}
+    return model.get("name") in MODELS and model.keys() >= needed
+
+
+def _check_spec(spec: dict, state_dict: dict, path: Path) -> None:
     try:
-        with torch.device("meta"):
-            expected = build(dict(spec)).state_dict()
-    except Exception as error:
-        raise UserError(f"{path}: says that it is the network {dict(spec)}, which can't be built ({error})") from None
-    if differences := mismatches(expected, state_dict):
-        raise UserError(f"{path}: says that it is {describe(dict(spec))}, but {_first(differences)}")
+        differences = mismatches(expected_state_dict(spec), state_dict)
+    except Exception as error:  # whatever the odd arguments in the file lead to
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: says that it is {spec}, which can't be built ({reason}); pass another file") from None
+    if differences:
+        raise UserError(f"{path}: says that it is {describe(spec)}, but {_first(differences)}; pass another file")
 
 
-def _check_wanted(wanted: dict, spec: dict, state_dict: dict, path: Path) -> None:
+def _identified(state_dict: dict, path: Path) -> dict:
+    spec, differences = nearest(state_dict)
+    if spec and not differences:
+        return spec
+    hint = f"; nearest is {describe(spec)}, but {_first(differences)}" if spec else ""
+    raise UserError(f"{path}: the tensors fit none of the known networks ({', '.join(MODELS)}){hint}")
+
+
+def _check_values(state_dict: dict, path: Path) -> None:
+    """Raise a UserError unless all tensors are plain and finite. Their shapes must be known to be sane."""
+    for name, tensor in state_dict.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+            kind = f"{tensor.layout} of {tensor.dtype} on {tensor.device}".replace("torch.", "")
+            raise UserError(f"{path}: {name} is {kind}, not a plain tensor of floating point numbers")
+        if not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{path}: {name} holds NaN or infinite values; take an earlier checkpoint")
+
+
+def _usable(extra: dict) -> dict:
+    """`extra` without a data set or an image size that no program here could have written."""
+    valid = {
+        "dataset": lambda name: name in DATASETS,
+        "image_size": lambda size: type(size) is int and size > 0,
+    }
+    return {key: value for key, value in extra.items() if key not in valid or valid[key](value)}
+
+
+def check_wanted(wanted: dict, spec: dict, state_dict: dict, path: Path) -> None:
+    """Raise a UserError that names both if the flags ask for another network than the one in `path`."""
     if wanted.get("name", spec["name"]) == spec["name"]:
         merged = {**spec, **{key: value for key, value in wanted.items() if key in spec}}
-        with torch.device("meta"):
-            if not mismatches(build(merged).state_dict(), state_dict):
-                return
+        if not mismatches(expected_state_dict(merged), state_dict):
+            return
         raise UserError(f"{path} holds {describe(spec)}, but the flags ask for {describe(merged)}: leave those out")
     raise UserError(f"{path} holds {describe(spec)}, but the flags ask for --model {wanted['name']}: leave that out")
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import math
+import os
 import signal
 import sys
 
@@ -11,6 +12,7 @@ from model import MODELS
 
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_NOBODY_READS = 128 + signal.SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +22,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        self.exit(EXIT_WRONG_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_WRONG_INPUT, self.line(f"error: {message} (see {self.prog} --help)"))
+
+    def line(self, message: str) -> str:
+        """`message` as one line, whatever the paths in it hold, with the program's name before it."""
+        return f"{self.prog}: {' '.join(message.splitlines())}\n"
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -33,26 +39,35 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def launch(parser: Parser, program: str) -> None:
     """Parse the command line, call `run(args)` of the module `program`, and exit with the right code.
 
-    0 done; 2 the user's input is wrong (one line on stderr); 130 interrupted; 1 with a traceback: a bug.
+    0 done; 2 the user's input, or a file on this machine, is wrong (one line on stderr); 130 interrupted;
+    141 nobody reads the output any more (`| head`); 1 with a traceback: a bug.
     """
     args = parser.parse_args()
     try:
         sys.exit(importlib.import_module(program).run(args))
     except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_WRONG_INPUT)
+        parser.exit(EXIT_WRONG_INPUT, parser.line(f"error: {error}"))
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command continues where it stopped", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        resumable = "; the same command, without --no-resume, continues after the last whole epoch"
+        parser.exit(EXIT_INTERRUPTED, parser.line(f"interrupted{resumable if hasattr(args, 'no_resume') else ''}"))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes on exit
+        sys.exit(EXIT_NOBODY_READS)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"error: {error.filename}: {error.strerror}; mend that, or pass another path"
+        parser.exit(EXIT_WRONG_INPUT, parser.line(message))
 
 
 def _number(convert, accept, wanted: str):
     def parse(text: str):
         try:
             value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not accept(value):
+            valid = math.isfinite(value) and accept(value)
+        except (ValueError, OverflowError):
+            valid = False
+        if not valid:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
 
@@ -86,15 +101,31 @@ def add_data_arguments(parser: Parser, dataset: str, image_size: str) -> argpars
     return group
 
 
-def add_model_arguments(parser: Parser, checkpoint: str, description: str) -> argparse._ArgumentGroup:
-    """Add the checkpoint's argument, and `--model`, `--dw-multps`, `--phi`, which it makes superfluous."""
+def _known_model(text: str) -> str:
+    if text not in MODELS:
+        raise argparse.ArgumentTypeError(f"unknown model {text!r} (choose from {', '.join(MODELS)})")
+    return text
+
+
+def _own_or_known_model(text: str) -> str:
+    return text if ":" in text else _known_model(text)
+
+
+def add_model_arguments(
+    parser: Parser, checkpoint: str, description: str, own: bool = False
+) -> argparse._ArgumentGroup:
+    """Add the checkpoint's argument, and `--model`, `--dw-multps`, `--phi`, which it makes superfluous.
+
+    With `own`, `--model` also takes the user's own builder, `module:function`.
+    """
     group = parser.add_argument_group("network")
     group.add_argument(checkpoint, required=True, metavar="NAME", help=description)
     group.add_argument(
         "--model",
-        choices=MODELS,
+        type=_own_or_known_model if own else _known_model,
         metavar="NAME",
-        help=f"one of {', '.join(MODELS)}; the checkpoint knows, and a contradiction is an error",
+        help=f"one of {', '.join(MODELS)}{', or your own builder, module:function' * own}; "
+        "the checkpoint knows, and a contradiction is an error",
     )
     group.add_argument(
         "--dw-multps", type=positive_float, nargs=2, metavar=("D", "W"), help="depth and width multipliers, likewise"

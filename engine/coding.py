@@ -1,9 +1,13 @@
 """Lossless codes of a network's values: ternary symbols, and 16-bit numbers.
 
-A symbol is 0 for a zero weight, 1 for w_p and 2 for -w_n. Symbols become base-3 numbers, one a byte, and these go
-through the compressor that suits the layer best. Five symbols a byte (3**5 = 243) is the densest, and best for very
-sparse layers. Three a byte make each byte a row of a 3x3 kernel: the weights of a row resemble each other, and 27
-values are few enough for a Huffman code to be worth its table even in a small layer.
+A symbol is 0 for a zero weight, 1 for w_p and 2 for -w_n. A layer's symbols become bytes in one of three
+ways, and these go through a compressor; the shortest result is kept:
+
+- Five symbols a byte, a base-3 number (3**5 = 243). This bounds the size, whatever the symbols are.
+- Three symbols a byte: a row of a 3x3 kernel, whose weights resemble each other. A Huffman code of 27 values
+  pays for its table even in a small layer.
+- One byte a nonzero weight: its sign, and the gap before it. For very sparse layers, where a Huffman code of
+  base-3 numbers would spend a whole bit on every byte of zeros.
 """
 
 import lzma
@@ -26,20 +30,22 @@ LZMA_FILTER = {
     "mf": lzma.MF_HC3,
     "depth": 1,
 }
+GAPS = 0  # in the place of a number of digits
+LONGEST_GAP = 127  # zeros in one byte, 254; a nonzero weight behind g < 127 zeros is 2 * g + (symbol - 1)
 
 
 class Coder(NamedTuple):
-    """`digits` base-3 symbols a byte, then `compressor`."""
+    """Base-3 numbers of so many digits (or GAPS), one a byte, then a compressor."""
 
-    compressor: str
     digits: int
+    compressor: str
 
     def __str__(self) -> str:
-        return f"{self.compressor}, {self.digits} a byte"
+        return f"{f'{self.digits} a byte' if self.digits else 'gaps'}, {self.compressor}"
 
 
 # Files hold positions in this tuple.
-CODERS = (Coder(RAW, 5), Coder(DEFLATE, 3), Coder(DEFLATE, 4), Coder(DEFLATE, 5), Coder(LZMA, 5))
+CODERS = (Coder(5, RAW), Coder(5, LZMA), Coder(5, DEFLATE), Coder(3, DEFLATE), Coder(GAPS, DEFLATE))
 
 
 def encode_symbols(symbols: np.ndarray) -> tuple[int, bytes]:
@@ -48,18 +54,17 @@ def encode_symbols(symbols: np.ndarray) -> tuple[int, bytes]:
     Never more than N / 5 bytes, rounded up; two bit masks take N / 4.
     """
     packed = {digits: pack(symbols, digits).tobytes() for digits in {coder.digits for coder in CODERS}}
-    codes = [compress(compressor, packed[digits]) for compressor, digits in CODERS]
+    codes = [compress(coder.compressor, packed[coder.digits]) for coder in CODERS]
     position = min(range(len(CODERS)), key=lambda i: len(codes[i]))
     return position, codes[position]
 
 
 def decode_symbols(position: int, code: bytes, size: int) -> np.ndarray:
-    """The symbols, uint8 `[size]`, that `encode_symbols` made a code of; ValueError if that is none of so many."""
+    """The symbols, uint8 `[size]`, that `encode_symbols` coded; ValueError if they are not so many."""
     if position >= len(CODERS):
         raise ValueError(f"there is no coder {position}")
-    compressor, digits = CODERS[position]
-    numbers = decompress(compressor, code, -(-size // digits))
-    return unpack(np.frombuffer(numbers, np.uint8), digits, size)
+    coder = CODERS[position]
+    return unpack(decompress(coder.compressor, code, limit=size), coder.digits, size)
 
 
 def entropy_bytes(symbols: np.ndarray) -> float:
@@ -70,7 +75,9 @@ def entropy_bytes(symbols: np.ndarray) -> float:
 
 
 def pack(symbols: np.ndarray, digits: int) -> np.ndarray:
-    """Base-3 numbers of `digits` symbols, the first the most significant; uint8, the last filled up with zeros."""
+    """Symbols as uint8 numbers: `digits` a number, the first most significant, zeros filling up; or GAPS."""
+    if digits == GAPS:
+        return _pack_gaps(symbols)
     rows = np.zeros((-(-symbols.size // digits), digits), np.uint8)
     rows.reshape(-1)[: symbols.size] = symbols
     numbers = rows[:, 0].copy()
@@ -81,7 +88,9 @@ def pack(symbols: np.ndarray, digits: int) -> np.ndarray:
 
 
 def unpack(numbers: np.ndarray, digits: int, size: int) -> np.ndarray:
-    """The symbols, uint8 `[size]`, that `pack` made numbers of; ValueError if those hold more, or none."""
+    """The symbols, uint8 `[size]`, that `pack` made numbers of; ValueError if they are not so many."""
+    if digits == GAPS:
+        return _unpack_gaps(numbers, size)
     if numbers.size != -(-size // digits) or (numbers >= 3**digits).any():
         raise ValueError(f"symbols that are not {size} base-3 digits")
     symbols = _digits_of_numbers(digits)[numbers].reshape(-1)
@@ -96,6 +105,24 @@ def _digits_of_numbers(digits: int) -> np.ndarray:
     return np.indices((3,) * digits, np.uint8).reshape(digits, -1).T.copy()
 
 
+def _pack_gaps(symbols: np.ndarray) -> np.ndarray:
+    places = np.flatnonzero(symbols)
+    long, short = np.divmod(np.diff(places, prepend=-1) - 1, LONGEST_GAP)
+    numbers = np.full(places.size + long.sum(), 2 * LONGEST_GAP, np.uint8)
+    numbers[np.cumsum(long + 1) - 1] = 2 * short + symbols[places] - 1
+    return numbers
+
+
+def _unpack_gaps(numbers: np.ndarray, size: int) -> np.ndarray:
+    is_weight = numbers < 2 * LONGEST_GAP
+    ends = np.cumsum(numbers // 2 + is_weight, dtype=np.int64)
+    if (numbers > 2 * LONGEST_GAP).any() or (ends[-1:] > size).any():
+        raise ValueError(f"gaps that are not among {size} symbols")
+    symbols = np.zeros(size, np.uint8)
+    symbols[ends[is_weight] - 1] = numbers[is_weight] % 2 + 1
+    return symbols
+
+
 def encode_halves(values: np.ndarray) -> tuple[bytes, np.ndarray]:
     """Float16 `[N]` as its deflated high bytes, and its low bytes, uint8 `[N]`.
 
@@ -106,8 +133,10 @@ def encode_halves(values: np.ndarray) -> tuple[bytes, np.ndarray]:
 
 
 def decode_halves(high: bytes, low: np.ndarray) -> np.ndarray:
-    """The float16 `[N]` that `encode_halves` took apart; ValueError if there are not as many high bytes as low ones."""
-    high = np.frombuffer(decompress(DEFLATE, high, low.size), np.uint8)
+    """The float16 `[N]` that `encode_halves` took apart; ValueError if there are not N high bytes."""
+    high = decompress(DEFLATE, high, limit=low.size)
+    if high.size < low.size:
+        raise ValueError(f"{high.size} high bytes for {low.size} low ones")
     return np.stack([low, high], axis=1).reshape(-1).view("<f2").astype(np.float16)
 
 
@@ -120,24 +149,24 @@ def compress(compressor: str, data: bytes) -> bytes:
     return data
 
 
-def decompress(compressor: str, code: bytes, size: int) -> bytes:
-    """The `size` bytes that `compress` made `code` of; ValueError if it is damaged, or holds more or less than that.
+def decompress(compressor: str, code: bytes, limit: int) -> np.ndarray:
+    """What `compress` made `code` of, uint8 `[N]`; ValueError if it is damaged, or N is above `limit`.
 
-    At most `size` + 1 bytes are made, whatever `code` would expand to.
+    At most `limit` + 1 bytes are made, whatever `code` would expand to.
     """
     if compressor == RAW:
-        return code
+        return np.frombuffer(code, np.uint8)
     try:
         if compressor == LZMA:
             stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[LZMA_FILTER])
         else:
             stream = zlib.decompressobj(DEFLATE_WINDOW)
-        data = stream.decompress(code, size + 1)
+        data = stream.decompress(code, limit + 1)
     except (zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"bad {compressor} data: {error}") from None
-    if len(data) != size or not stream.eof or stream.unused_data:
-        raise ValueError(f"{compressor} data that are not {size} bytes")
-    return data
+    if len(data) > limit or not stream.eof or stream.unused_data:
+        raise ValueError(f"{compressor} data that do not end within {limit} bytes")
+    return np.frombuffer(data, np.uint8)
 
 
 def _deflate(data: bytes, strategy: int) -> bytes:

@@ -4,11 +4,15 @@ Small images (CIFAR and the like) are read once, stay in memory as uint8 and are
 ImageNet and its like stay on disk, and worker processes decode them.
 """
 
-import random
-from collections.abc import Iterator
+import hashlib
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +20,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
 from engine import UserError
 from engine.augment import Augmentation, normalise
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+Transform = Callable[[Image.Image], Tensor]
 
 SMALL = 64  # px; class folders of larger images are treated as ImageNet is
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NATIVE_SIZE = {"CIFAR100": 32, "CIFAR10": 32, "MNIST": 32, "FashionMNIST": 32, "digits": 32}
+
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores: as told
 
 
 @dataclass
@@ -57,6 +64,14 @@ class ImagesInMemory:
     def num_val_images(self) -> int:
         return len(self.val[1])
 
+    @cached_property
+    def digest(self) -> str:
+        """Tells data sets apart that have the same name: SHA-256 of all images and labels."""
+        sha = hashlib.sha256()
+        for tensor in (*(self.train or ()), *self.val):
+            sha.update(tensor.cpu().numpy())
+        return sha.hexdigest()
+
     def train_batches(self, seed: int) -> Batches:
         """Every image once, shuffled and augmented by `seed` alone; an incomplete last batch is left out."""
         images, labels = self.train
@@ -71,14 +86,37 @@ class ImagesInMemory:
             yield normalise(images), labels
 
 
+@dataclass(frozen=True)
+class Photographs(Dataset):
+    """Image files and their labels; `transform` makes a tensor `[3, H, W]` of each.
+
+    Its random draws follow from `seed` and the image's index: however many workers share the work, the same
+    seed gives the same images.
+    """
+
+    files: list[tuple[str, int]]
+    transform: Transform
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        file, label = self.files[index]
+        image = _open(file)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed + index)
+            return self.transform(image), label
+
+
 @dataclass
 class ImagesOnDisk:
-    """A data set as class folders, decoded by worker processes."""
+    """A data set as class folders, decoded by worker processes; `train` is None for evaluation only."""
 
     name: str
     classes: list[str]
-    train: datasets.VisionDataset
-    val: datasets.VisionDataset
+    train: Photographs | None
+    val: Photographs
     image_size: int
     batch_size: int
     val_batch_size: int
@@ -97,30 +135,38 @@ class ImagesOnDisk:
     def num_val_images(self) -> int:
         return len(self.val)
 
+    @cached_property
+    def digest(self) -> str:
+        """Tells data sets apart that have the same name: SHA-256 of all classes' and files' names."""
+        files = [file for split in (self.train, self.val) if split for file, _ in split.files]
+        root = os.path.commonpath(files)
+        return hashlib.sha256("\n".join(os.path.relpath(file, root) for file in files).encode()).hexdigest()
+
     def train_batches(self, seed: int) -> Batches:
         """Every image once, shuffled and augmented by `seed` alone; an incomplete last batch is left out."""
         whole = len(self.train) >= self.batch_size
-        loader = self._loader(self.train, self.batch_size, shuffle=True, drop_last=whole, seed=seed)
-        return self._on_device(loader)
+        images = replace(self.train, seed=seed)
+        return self._on_device(self._loader(images, self.batch_size, seed, shuffle=True, drop_last=whole))
 
     def val_batches(self) -> Batches:
         """Every validation image once, in order, normalised."""
         return self._on_device(self._loader(self.val, self.val_batch_size))
 
-    def _loader(self, images, batch_size: int, seed: int = 0, **options) -> DataLoader:
+    def _loader(self, images: Photographs, batch_size: int, seed: int = 0, **options) -> DataLoader:
         return DataLoader(
             images,
             batch_size,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(seed),
-            worker_init_fn=_seed_worker,
             **options,
         )
 
     def _on_device(self, loader: DataLoader) -> Batches:
         try:
-            for images, labels in loader:
+            with _without_ctrl_c():
+                batches = iter(loader)
+            for images, labels in batches:
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         except UserError as error:  # of a worker process: its last line is the message, the rest a traceback
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("engine.UserError: ")) from None
@@ -150,20 +196,25 @@ def load_data(
         train: read the training images too.
     """
     path = Path(path)
-    folders = None if name == "digits" else _class_folders(path)
+    folders = None if name == "digits" else _class_folders(path, with_train=train)
     if folders is None and name in ("ImageNet", "folder"):
+        looked_for = "train/ and val/ or test/" if train else "val/ or test/"
         raise UserError(
-            f"{path}: no class folders for --dataset {name} (looked for train/ and val/ or test/ with one "
-            f"folder a class); pass the folder that holds them as --data-path"
-        )
-    if folders and (name == "ImageNet" or name == "folder" and _first_image_size(folders[0]) > SMALL):
-        return _photographs(
-            name, folders, device, image_size or 224, val_image_size, batch_size, val_batch_size, workers, bicubic
+            f"{path}: {'no class folders' if path.is_dir() else 'no such folder'} for --dataset {name} (looked for "
+            f"{looked_for} with one folder a class); pass the folder that holds them as --data-path"
         )
     size = image_size or NATIVE_SIZE.get(name)
     if folders:
-        size = size or _first_image_size(folders[0])
-        classes = _class_names(folders[0])
+        classes = _class_names(folders[1])
+        if name == "ImageNet" or name == "folder" and _first_image_size(folders[1]) > SMALL:
+            size = size or 224
+            augment, centre = _photograph_transforms(size, val_image_size or size, bicubic)
+            train_files = Photographs(_image_files(folders[0]), augment) if train else None
+            val_files = Photographs(_image_files(folders[1]), centre)
+            return ImagesOnDisk(
+                name, classes, train_files, val_files, size, batch_size, val_batch_size, workers, device
+            )
+        size = size or _first_image_size(folders[1])
         train_split, val_split = (partial(_read_class_folders, split, size, max(workers, 1)) for split in folders)
     elif name == "digits":
         classes = [str(digit) for digit in range(10)]
@@ -195,35 +246,44 @@ def _augmentation(name: str, size: int) -> Augmentation:
     return Augmentation(flip, size // 8, None, 0)
 
 
-def _class_folders(path: Path) -> tuple[Path, Path] | None:
-    """The training and the validation folder under `path`, checked to hold the same classes; None if not there."""
+def _class_folders(path: Path, with_train: bool) -> tuple[Path, Path] | None:
+    """The training and the validation folder under `path`, checked to hold the same classes; None if not there.
+
+    Where there is only a validation folder, and only that is wanted, it stands for both.
+    """
     train, val = path / "train", next((p for p in (path / "val", path / "test") if p.is_dir()), None)
-    if not train.is_dir() or val is None:
+    if val is None or with_train and not train.is_dir():
         return None
-    names = [{p.name for p in split.iterdir() if p.is_dir()} for split in (train, val)]
-    if not names[0]:
-        raise UserError(f"{train}: holds no class folders; put each class's images in a folder of its own")
-    if different := sorted(names[0] ^ names[1]):
+    splits = (train, val) if train.is_dir() else (val, val)
+    names = [_class_names(split) for split in splits]
+    for split, classes in zip(splits, names):
+        if not classes:
+            raise UserError(f"{split}: holds no class folders; put each class's images in a folder of its own")
+    if different := sorted(set(names[0]) ^ set(names[1])):
         missing_in = val if different[0] in names[0] else train
         raise UserError(
             f"{train} and {val} hold different classes ({len(names[0])} and {len(names[1])}; "
             f"{different[0]} is missing in {missing_in}); make them the same"
         )
-    return train, val
+    return splits
 
 
 def _class_names(split: Path) -> list[str]:
-    return sorted(p.name for p in split.iterdir() if p.is_dir())
+    return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _image_files(split: Path) -> list[tuple[Path, int]]:
-    """Every image file of the class folders under `split`, with its label."""
+def _image_files(split: Path) -> list[tuple[str, int]]:
+    """Every image file in or below the class folders under `split`, with its label; hidden files do not count."""
     files = []
     for label, name in enumerate(_class_names(split)):
-        folder = split / name
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+        found = sorted(
+            os.path.join(folder, file)
+            for folder, _, names in os.walk(split / name)
+            for file in names
+            if file.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not file.startswith(".")
+        )
         if not found:
-            raise UserError(f"{folder}: holds no images ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
+            raise UserError(f"{split / name}: holds no images ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
         files += [(file, label) for file in found]
     return files
 
@@ -232,19 +292,21 @@ def _first_image_size(split: Path) -> int:
     return max(_open(_image_files(split)[0][0]).size)
 
 
-def _open(path: str | Path) -> Image.Image:
+def _open(path: str) -> Image.Image:
     """Decode an image file as RGB; UserError with its path where that fails."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bit of grey, which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise whatever the damaged bytes lead to
         raise UserError(f"{path}: does not decode as an image ({error}); mend or remove it") from None
 
 
 def _read_class_folders(split: Path, size: int, threads: int) -> tuple[Tensor, Tensor]:
     """Decode all images of small-image class folders to squares of `size` px."""
 
-    def decode(file: tuple[Path, int]) -> np.ndarray:
+    def decode(file: tuple[str, int]) -> np.ndarray:
         image = _open(file[0])
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BICUBIC)
@@ -272,11 +334,11 @@ def _torchvision(name: str, path: Path, train: bool) -> datasets.VisionDataset:
     """Open one of torchvision's data sets, downloading it where there is a network."""
     try:
         return getattr(datasets, name)(path, train=train, download=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the network, of archives, of damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: {name} is not there and can't be downloaded ({reason[:100]}); pass --data-path with the set "
-            f"or with train/ and test/ class folders"
+            f"{path}: {name} can't be read there, nor downloaded ({reason[:100]}); pass the folder that holds the set, "
+            f"or train/ and test/ class folders, as --data-path"
         ) from None
 
 
@@ -295,9 +357,8 @@ def _resized(images: Tensor, size: int) -> Tensor:
     return images.round().clamp(0, 255).to(torch.uint8)
 
 
-def _photographs(name, folders, device, size, val_size, batch_size, val_batch_size, workers, bicubic) -> ImagesOnDisk:
+def _photograph_transforms(size: int, val_size: int, bicubic: bool) -> tuple[Transform, Transform]:
     """ImageNet's augmentation for training; for validation, resize the shorter side by 8/7 and crop the centre."""
-    val_size = val_size or size
     to_normal = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     augment = transforms.Compose(
         [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *to_normal],
@@ -306,15 +367,14 @@ def _photographs(name, folders, device, size, val_size, batch_size, val_batch_si
         resize = transforms.Resize(val_size, transforms.InterpolationMode.BICUBIC)
     else:
         resize = transforms.Resize(val_size * 8 // 7)
-    centre = transforms.Compose([resize, transforms.CenterCrop(val_size), *to_normal])
-    for split in folders:
-        _image_files(split)
-    train, val = (
-        datasets.ImageFolder(split, transform=transform, loader=_open)
-        for split, transform in zip(folders, (augment, centre))
-    )
-    return ImagesOnDisk(name, train.classes, train, val, size, batch_size, val_batch_size, workers, device)
+    return augment, transforms.Compose([resize, transforms.CenterCrop(val_size), *to_normal])
 
 
-def _seed_worker(worker: int) -> None:
-    random.seed(torch.initial_seed())
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back: processes started in here never see it, this one sees it afterwards."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

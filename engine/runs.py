@@ -11,11 +11,10 @@ The folder's name ends in a digest of the arguments: runs with different argumen
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from engine import UserError
-from engine.checkpoint import read, save
+from engine.checkpoint import read, save, write_whole
 
 
 class Run:
@@ -39,8 +38,10 @@ class Run:
     @property
     def result(self) -> dict | None:
         """What `finish` wrote, or None while the run is not finished."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads((self.folder / "result.json").read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # a damaged file: the run can finish again
+            return None
 
     @property
     def log(self) -> list[dict]:
@@ -49,18 +50,20 @@ class Run:
 
     def open(self, resume: bool) -> None:
         """Make the folder; with `resume`, read the state that the last whole epoch left there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "result.json").unlink(missing_ok=True)
         write_text(self.folder / "arguments.json", json.dumps(self.arguments, indent=2) + "\n")
+        (self.folder / "result.json").unlink(missing_ok=True)
         if resume and self.last.is_file():
-            content = read(self.last)
+            try:
+                content = _read_state(self.last)
+            except UserError as error:
+                raise UserError(f"{error}; --no-resume starts this run afresh") from None
             self.state, self.history = content["state"], content["history"]
+        else:
+            self.last.unlink(missing_ok=True)  # should this run be interrupted in its first epoch
 
     def adopt(self, path: Path) -> bool:
         """Take over the state in `path`, another run's `last.pt`, if its arguments are this run's."""
-        content = read(path)
-        if not {"arguments", "state", "history"} <= content.keys():
-            raise UserError(f"--resume {path}: holds no run's state (a run's last.pt does)")
+        content = _read_state(path)
         if content["arguments"] != self.arguments:
             return False
         if path.resolve() != self.last.resolve():
@@ -69,8 +72,8 @@ class Run:
 
     def difference(self, path: Path) -> str:
         """Say the first argument in which the run that wrote `path` differs from this one."""
-        theirs = read(path)["arguments"]
-        key = next(k for k in {**theirs, **self.arguments} if theirs.get(k) != self.arguments.get(k))
+        theirs = _read_state(path)["arguments"]
+        key = next(key for key in {**theirs, **self.arguments} if theirs.get(key) != self.arguments.get(key))
         return f"{key} was {theirs.get(key)} and is {self.arguments.get(key)}"
 
     def save_epoch(self, record: dict, state: dict) -> None:
@@ -85,15 +88,19 @@ class Run:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that no moment leaves half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_whole(text.encode(), path)
+
+
+def _read_state(path: Path) -> dict:
+    content = read(path)
+    kinds = {"arguments": dict, "state": dict, "history": list}
+    if not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path}: holds no run's state; pass the last.pt in a run's folder")
+    return content
 
 
 def resume_from(path: Path, runs: list[Run]) -> None:
     """Let the run among `runs` that `path` belongs to continue from it; UserError names what differs."""
-    if not path.is_file():
-        raise UserError(f"--resume {path}: no such file")
     if not any(run.adopt(path) for run in runs):
         raise UserError(
             f"--resume {path}: that run had other arguments ({runs[0].difference(path)}); "

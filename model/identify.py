@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from model import EFFICIENTNETS, build
-from model.micronet import LAYOUTS, scale_depth, scale_width
+from model.micronet import LAYOUTS, MAX_MULTIPLIER, scale_depth, scale_width
 
 
 def identify(state_dict: Mapping) -> dict | None:
@@ -15,23 +15,40 @@ def identify(state_dict: Mapping) -> dict | None:
     Multipliers of MicroNet are the shortest decimals that give the same blocks and channels. Counters of
     BatchNorm (`num_batches_tracked`), which old files lack, do not matter.
     """
+    spec, differences = nearest(state_dict)
+    return None if differences else spec
+
+
+def nearest(state_dict: Mapping) -> tuple[dict | None, list[str]]:
+    """Return the spec whose names and shapes come closest to `state_dict`, None if none does, and how they differ."""
+    best = None, []
     for spec in _guesses(state_dict):
-        with torch.device("meta"):  # names and shapes only: nothing of the size that the file claims
-            network = build(spec)
-        if not mismatches(network.state_dict(), state_dict):
-            return spec
-    return None
+        differences = mismatches(expected_state_dict(spec), state_dict)
+        if not differences:
+            return spec, []
+        if best[0] is None or len(differences) < len(best[1]):
+            best = spec, differences
+    return best
+
+
+def expected_state_dict(spec: Mapping) -> dict:
+    """Names and shapes of the network that `spec` describes, as tensors that take no memory."""
+    with torch.device("meta"):
+        return build(dict(spec)).state_dict()
 
 
 def mismatches(expected: Mapping, found: Mapping) -> list[str]:
     """Say how the names and shapes of two state dicts differ, a phrase each; empty if they do not."""
 
     def shapes(tensors: Mapping) -> dict:
-        return {name: tuple(t.shape) for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def lacking(names: Mapping, others: Mapping) -> list[str]:
+        return [name for name in names if name not in others and not name.endswith("num_batches_tracked")]
 
     expected, found = shapes(expected), shapes(found)
-    missing = [f"{name} is missing" for name in expected if name not in found]
-    surplus = [f"{name} is not of this network" for name in found if name not in expected]
+    missing = [f"{name} is missing" for name in lacking(expected, found)]
+    surplus = [f"{name} is not of this network" for name in lacking(found, expected)]
     other = [
         f"{name} is {_shape(found[name])} where {_shape(expected[name])} is needed"
         for name in expected
@@ -57,7 +74,7 @@ def _guesses(state_dict: Mapping) -> list[dict]:
 
     blocks, channels = {}, {}
     for name, tensor in state_dict.items():
-        if match := re.fullmatch(r"layer(\d+)\.(\d+)\.conv2\.weight", name):
+        if (match := re.fullmatch(r"layer(\d)\.(\d{1,3})\.conv2\.weight", name)) and tensor.ndim == 4:
             stage, block = int(match[1]), int(match[2])
             blocks[stage] = max(blocks.get(stage, 0), block + 1)
             channels[stage] = tensor.shape[0]
@@ -72,10 +89,10 @@ def _guesses(state_dict: Mapping) -> list[dict]:
 
 
 def _multiplier(scale, base: tuple[int, ...], scaled: list[int]) -> float | None:
-    """The shortest decimal, up to 32, that `scale` turns `base` into `scaled` with; None if there is none."""
+    """The shortest decimal that `scale` turns `base` into `scaled` with; None if there is none."""
     for digits in range(4):
         step = 10**digits
-        for numerator in range(1, 32 * step + 1):
+        for numerator in range(1, int(MAX_MULTIPLIER) * step + 1):
             multiplier = numerator / step
             if all(scale(b, multiplier) == s for b, s in zip(base, scaled)):
                 return multiplier

@@ -31,9 +31,12 @@ LAYOUTS = {
 }
 
 
+MAX_MULTIPLIER = 32.0  # far above all published networks; 14 typed for 1.4 gives hundreds
+
+
 def scale_depth(blocks: int, multiplier: float) -> int:
-    """Number of blocks of a stage after depth scaling: rounded up (EfficientNet, arXiv:1905.11946)."""
-    return math.ceil(round(blocks * multiplier, 9))  # 9 digits: 1.1 * 10 blocks are 11, not 12
+    """Number of blocks of a stage after depth scaling: rounded up (EfficientNet, arXiv:1905.11946), at least 1."""
+    return max(1, math.ceil(round(blocks * multiplier, 9)))  # 9 digits: 1.1 * 10 blocks are 11, not 12
 
 
 def scale_width(channels: int, multiplier: float) -> int:
@@ -98,6 +101,12 @@ class MicroNet(nn.Module):
 
 
 def micronet(name: str, depth: float = 1.0, width: float = 1.0, num_classes: int | None = None) -> MicroNet:
-    """Build `cifar_micronet` or `imagenet_micronet`; `depth` and `width` are the multipliers d^phi and w^phi."""
+    """Build `cifar_micronet` or `imagenet_micronet`; `depth` and `width` are the multipliers d^phi and w^phi.
+
+    ValueError where one is not above 0 and at most MAX_MULTIPLIER.
+    """
+    for part, multiplier in (("depth", depth), ("width", width)):
+        if not 0 < multiplier <= MAX_MULTIPLIER:
+            raise ValueError(f"the {part} multiplier {multiplier:g} is not above 0 and at most {MAX_MULTIPLIER:g}")
     layout = LAYOUTS[name]
     return MicroNet(layout, depth, width, num_classes or layout.num_classes)

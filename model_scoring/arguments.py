@@ -1,12 +1,14 @@
 """The command line of `run_scoring.py`."""
 
 from engine.cli import Parser, add_data_arguments, add_machine_arguments, add_model_arguments, positive_int, share, switch
+from model_scoring import RULERS
 
 T_MODELS = "model_scoring/trained_t_models"
 SAVED_LAYERS = "model_scoring/saved_layers"
 DESCRIPTION = """\
 Score a network by the rules of the MicroNet Challenge (2019): parameters and operations relative to the task's
-baseline. Prints every layer, every group's subtotal, the score, and with --eval whether the task's accuracy holds.
+baseline. Prints every layer, every group's subtotal, the score on three rulers, and with --eval whether the task's
+accuracy holds.
 """
 EPILOG = """\
 example: score and evaluate what stage 2 left in its folder, with 16 bit values and additions
@@ -18,13 +20,23 @@ example: score and evaluate what stage 2 left in its folder, with 16 bit values 
 def parser() -> Parser:
     """Build the parser; every default is that of the 2019 program."""
     parser = Parser(prog="run_scoring.py", description=DESCRIPTION, epilog=EPILOG)
-    add_model_arguments(parser, "--t-model", f"the checkpoint to score: a path, or a file name in {T_MODELS}")
+    network = add_model_arguments(
+        parser, "--t-model", f"the checkpoint or packed file to score: a path, or a file name in {T_MODELS}", own=True
+    )
+    network.add_argument("--before", metavar="NAME", help="full-precision checkpoint to show beside it, counted at 32 bit")
 
     scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--accounting", choices=RULERS, default="challenge", help="the ruler of the detailed listing")
     switch(scoring, "halfprecision", True, "store values that are not ternary with 16 bit, else with 32")
-    bits = {"type": positive_int, "default": 16, "metavar": "BITS"}
-    scoring.add_argument("--mul-bits", **bits, help="width of the inputs of multiplications")
-    scoring.add_argument("--add-bits", **bits, help="width of the inputs of additions")
+    scoring.add_argument(
+        "--mul-bits", type=positive_int, default=16, metavar="BITS", help="width of the inputs of multiplications"
+    )
+    scoring.add_argument(
+        "--add-bits",
+        type=positive_int,
+        metavar="BITS",
+        help="width of the inputs of additions (default: 16 on the published ruler, as in 2019; 32 on the others)",
+    )
     scoring.add_argument(
         "--prune-threshold",
         type=share,
@@ -32,6 +44,8 @@ def parser() -> Parser:
         metavar="T",
         help="first set depthwise weights below T times their layer's largest magnitude to zero; 1 prunes nothing",
     )
+    scoring.add_argument("--strict", action="store_true", help="exit with 2 if an operation has no rule")
+    scoring.add_argument("--json", metavar="FILE", help="write everything that is printed, and more, as JSON")
 
     evaluation = parser.add_argument_group("evaluation")
     switch(evaluation, "eval", False, "count the right answers on the validation images")
@@ -40,6 +54,8 @@ def parser() -> Parser:
     export = parser.add_argument_group("export")
     export.add_argument("--save", action="store_true", help=f"write each ternary layer as bit masks into {SAVED_LAYERS}")
     export.add_argument("--pt-sparse", action="store_true", help="write them as sparse COO tensors instead")
+    export.add_argument("--pack", metavar="FILE", help="write the network as a small .safetensors file")
+    export.add_argument("--unpack", metavar="FILE", help="write the network as a .pt checkpoint")
 
     add_data_arguments(
         parser,

@@ -1,45 +1,121 @@
-"""Scoring: read a checkpoint, count it, evaluate it, export it."""
+"""Scoring: read a network, count it on every ruler, evaluate it, export it."""
 
+import importlib
+import json
+import sys
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from engine.checkpoint import Checkpoint, describe, find, read_network, wanted_spec
+from engine import UserError
+from engine.checkpoint import (
+    Checkpoint,
+    check_wanted,
+    describe,
+    find,
+    network_content,
+    read_network,
+    read_state_dict,
+    save,
+    wanted_spec,
+)
 from engine.data import load_data
 from engine.device import choose_machine
 from engine.evaluation import Evaluation, evaluate
-from engine.report import say, table
-from engine.rulers import published
-from engine.rulers.tally import TASKS, Tally, Task, Widths
-from model import EFFICIENTNETS
-from model.layers import is_ternary, ternary_candidates
+from engine.packing import is_packed, read_packed, write_packed
+from engine.report import count, say, table
+from engine.rulers import challenge, improved, published
+from engine.rulers.tally import Tally, Task, Widths, task_of
+from engine.runs import write_text
+from model import EFFICIENTNETS, MODELS
+from model.identify import mismatches
+from model.layers import is_ternary
 from model_scoring.arguments import SAVED_LAYERS, T_MODELS
 from model_scoring.layers import save_layer
 
 
 def run(args: Namespace) -> int:
-    """Score the checkpoint `--t-model`."""
-    checkpoint = read_network(
-        find(args.t_model, Path(T_MODELS)), wanted_spec(args.model, args.dw_multps, args.phi)
-    )
-    say(f"{checkpoint.path}: {describe(checkpoint.spec)}")
-    network = checkpoint.network().eval()
+    """Score the network `--t-model`."""
+    path = find(args.t_model, Path(T_MODELS))
+    checkpoint, network = load(path, args)
+    say(f"{path}: {describe(checkpoint.spec)}")
     published.prune_depthwise(network, args.prune_threshold)
     dataset = args.dataset or checkpoint.extra.get("dataset") or default_dataset(checkpoint.spec)
     image_size = args.image_size or checkpoint.extra.get("image_size") or default_image_size(checkpoint.spec)
-    widths = Widths(16 if args.halfprecision else 32, args.mul_bits, args.add_bits)
-    tally = published.count(network, checkpoint.spec["name"], image_size, widths)
-    task = TASKS["ImageNet" if dataset == "ImageNet" else "CIFAR-100"]
-    say(listing(tally))
-    evaluation = evaluate_checkpoint(network, checkpoint, dataset, image_size, args) if args.eval else None
-    say(summary(tally, task, dataset, evaluation))
-    if args.save or args.pt_sparse:
-        folder = Path(SAVED_LAYERS) / checkpoint.path.stem
-        number = export(network, checkpoint.spec, folder, args.pt_sparse)
-        say(f"{number} ternary layers written to {folder}")
+    task = task_of(dataset)
+
+    tallies = count_all(network, checkpoint.spec, image_size, args)
+    if args.accounting not in tallies:
+        raise UserError(f"the published ruler has no form for {checkpoint.spec['name']}; take another --accounting")
+    say(listing(tallies[args.accounting]))
+    evaluation = evaluate_network(network, checkpoint, dataset, image_size, args) if args.eval else None
+    say(summary(tallies, task, dataset, evaluation))
+    report = {
+        "checkpoint": str(path),
+        "model": checkpoint.spec,
+        "dataset": dataset,
+        "image_size": image_size,
+        "task": asdict(task),
+        "rulers": {name: as_dict(tally, task) for name, tally in tallies.items()},
+        "evaluation": evaluation and {**asdict(evaluation), "accuracy": evaluation.accuracy},
+    }
+    if args.before:
+        report["before"] = before_and_after(args, tallies[args.accounting], task, dataset, image_size, evaluation)
+    export(network, checkpoint, args)
+    if args.json:
+        write_text(Path(args.json), json.dumps(report, indent=2) + "\n")
+    if args.strict and (uncounted := tallies[args.accounting].uncounted):
+        names = ", ".join(sorted({entry.operation for entry in uncounted}))
+        raise UserError(f"{path}: operations without a rule ({names}); leave --strict out to score without them")
     return 0
+
+
+def load(path: Path, args: Namespace) -> tuple[Checkpoint, nn.Module]:
+    """Read a checkpoint, a packed file, or a checkpoint of the user's own builder `--model module:function`."""
+    if args.model and ":" in args.model:
+        network, state_dict = own_network(args.model), read_state_dict(path)
+        if differences := mismatches(network.state_dict(), state_dict):
+            raise UserError(f"{path} does not fit what {args.model} builds: {differences[0]}")
+        network.load_state_dict(state_dict, strict=False)
+        outputs = list(state_dict.values())[-1].shape[0]
+        return Checkpoint(path, {"name": args.model, "num_classes": outputs}, state_dict), network.eval()
+    wanted = wanted_spec(args.model, args.dw_multps, args.phi)
+    if is_packed(path):
+        checkpoint = read_packed(path)
+        check_wanted(wanted, checkpoint.spec, checkpoint.state_dict, path)
+    else:
+        checkpoint = read_network(path, wanted)
+    return checkpoint, checkpoint.network().eval()
+
+
+def own_network(builder: str) -> nn.Module:
+    """Call the user's own `module:function`, found in the current folder or on Python's path."""
+    module, _, function = builder.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        network = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--model {builder}: {error}; it must name a function without arguments") from None
+    if not isinstance(network, nn.Module):
+        raise UserError(f"--model {builder} built a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def count_all(network: nn.Module, spec: dict, image_size: int, args: Namespace) -> dict[str, Tally]:
+    """The tallies of all rulers that know the network, by ruler."""
+    value = 16 if args.halfprecision else 32
+
+    def widths(add: int) -> Widths:
+        return Widths(value, args.mul_bits, args.add_bits or add)
+
+    tallies = {}
+    if spec["name"] in MODELS:
+        tallies["published"] = published.count(network, spec["name"], image_size, widths(16))
+    tallies["challenge"] = challenge.count(network, image_size, widths(32))
+    tallies["improved"] = improved.count(network, image_size, widths(32))
+    return tallies
 
 
 def default_dataset(spec: dict) -> str:
@@ -56,7 +132,7 @@ def default_image_size(spec: dict) -> int:
     return 200 if spec["name"] == "imagenet_micronet" else 32
 
 
-def evaluate_checkpoint(
+def evaluate_network(
     network: nn.Module, checkpoint: Checkpoint, dataset: str, image_size: int, args: Namespace
 ) -> Evaluation:
     """Evaluate the network as it is counted: with half precision, every parameter is rounded to 16 bit first."""
@@ -83,61 +159,119 @@ def listing(tally: Tally) -> str:
     headers = ["layer", "kept as", "weights", "zeros", "params", "mults", "adds", "MFLOP"]
     rows = []
     for group in tally.groups:
-        for line in group.lines:
-            operations = line.mults * tally.widths.mul + line.adds * tally.widths.add
-            rows.append(
-                [
-                    f"  {line.name}",
-                    line.note,
-                    f"{line.numel:,}",
-                    f"{100 * (1 - line.nonzero / line.numel):.2f}%" if line.numel else "",
-                    f"{line.bits / 32:,.0f}",
-                    f"{line.mults:,.0f}",
-                    f"{line.adds:,.0f}",
-                    f"{operations / 32e6:.2f}",
-                ]
-            )
-        subtotal = [f"{tally.scoring_params(group):,.0f}", f"{group.total('mults'):,.0f}", f"{group.total('adds'):,.0f}"]
-        weights = group.total("numel")
-        zeros = f"{100 * (1 - group.total('nonzero') / weights):.2f}%" if weights else ""
-        rows.append([group.name.upper(), "", f"{weights:,}", zeros, *subtotal, f"{tally.mflop(group):.2f}"])
-    return table(headers, rows)
+        rows += [
+            [f"  {line.name}", line.note, *_amounts(line.numel, line.nonzero), f"{line.bits / 32:,.0f}",
+             f"{line.mults:,.0f}", f"{line.adds:,.0f}", f"{tally.line_mflop(line):.2f}"]
+            for line in group.lines
+        ]  # fmt: skip
+        totals = {key: group.total(key) for key in ("numel", "nonzero", "mults", "adds")}
+        rows.append(
+            [group.name.upper(), "", *_amounts(totals["numel"], totals["nonzero"]),
+             f"{tally.scoring_params(group):,.0f}", f"{totals['mults']:,.0f}", f"{totals['adds']:,.0f}",
+             f"{tally.mflop(group):.2f}"]
+        )  # fmt: skip
+    return f"The {tally.ruler} ruler\n\n" + table(headers, rows)
 
 
-def summary(tally: Tally, task: Task, dataset: str, evaluation: Evaluation | None) -> str:
-    """The totals, the score against the task's baseline, and the accuracy against its threshold."""
-    widths = tally.widths
-    own_task = dataset.replace("-", "") == task.name.replace("-", "")
+def _amounts(numel: float, nonzero: float) -> tuple[str, str]:
+    return (f"{numel:,.0f}", f"{100 * (1 - nonzero / numel):.2f}%") if numel else ("", "")
+
+
+def summary(tallies: dict[str, Tally], task: Task, dataset: str, evaluation: Evaluation | None) -> str:
+    """The totals of every ruler, the score against the task's baseline, the accuracy against its threshold."""
+    headers = ["ruler", "bits (value/mul/add)", "params", "zeros", "scoring params", "MB", "MFLOP", "score"]
+    rows = [
+        [
+            name,
+            f"{tally.widths.value}/{tally.widths.mul}/{tally.widths.add}",
+            f"{tally.params:,}",
+            f"{tally.zeros_percent:.2f}%",
+            f"{tally.total_scoring_params:,.0f}",
+            f"{tally.megabytes:.3f}",
+            f"{tally.total_mflop:.2f}",
+            f"{tally.score(task):.14f}",
+        ]
+        for name, tally in tallies.items()
+    ]
+    own_task = dataset == task.key
     lines = [
-        "",
-        f"Summary ({tally.ruler} ruler; values {widths.value} bit, multiplications {widths.mul} bit, "
-        f"additions {widths.add} bit)",
-        f"  Total number of network params  {tally.params:,}",
-        f"  Zeros                           {tally.zeros_percent:.2f}%",
-        f"  Scoring params                  {tally.total_scoring_params:,.0f} ({tally.megabytes:.3f} MB)",
-        f"  Operations                      {tally.total_mflop:.2f} MFLOP",
-        f"  Score                           {tally.total_scoring_params / task.base_params:.6f} + "
-        f"{tally.total_mflop * 1e6 / task.base_ops:.6f} = {tally.score(task)!r}",
-        f"  Baseline                        {task.name}: {task.base_params / 1e6:g}M params, "
-        f"{task.base_ops / 1e6:,.0f}M operations{'' if own_task else f' ({dataset} is no task of the challenge)'}",
-        f"  Threshold                       {task.correct:,} of {task.images:,} right on {task.name}",
+        "\nSummary",
+        table(headers, rows),
+        f"Baseline   {task.name}: {count(task.base_params)} params, {count(task.base_ops)} operations"
+        + ("" if own_task else f" ({dataset} is no task of the challenge)"),
+        f"Threshold  {task.correct:,} of {task.images:,} right on {task.name}",
     ]
     if evaluation:
         verdict = ""
         if own_task:
             holds = evaluation.correct * task.images >= task.correct * evaluation.images
-            verdict = ", holds the threshold" if holds else ", misses the threshold"
+            verdict = ", which holds the threshold" if holds else ", which misses the threshold"
+        value = next(iter(tallies.values())).widths.value
         lines.append(
-            f"  Accuracy                        {evaluation.accuracy:.2f}% "
-            f"({evaluation.correct:,} of {evaluation.images:,} right{verdict}; values as stored, {widths.value} bit)"
+            f"Accuracy   {evaluation.accuracy:.2f}% ({evaluation.correct:,} of {evaluation.images:,} right{verdict}; "
+            f"parameters rounded to {value} bit)"
         )
+    for name, tally in tallies.items():
+        for entry in tally.uncounted:
+            lines.append(f"Uncounted  {name}: {entry.operation}, {entry.count} times in {entry.place or 'the network'}")
     return "\n".join(lines)
 
 
-def export(network: nn.Module, spec: dict, folder: Path, coo: bool) -> int:
-    """Write every ternary layer to a file of its own in `folder`; return how many there are."""
-    weights = dict(network.named_parameters())
-    names = [name for name in ternary_candidates(network, spec["name"]) if is_ternary(weights[name])]
-    for name in names:
-        save_layer(weights[name].detach(), folder / f"{name.removesuffix('.weight')}.pt", coo)
-    return len(names)
+def before_and_after(
+    args: Namespace, after: Tally, task: Task, dataset: str, image_size: int, evaluation: Evaluation | None
+) -> dict:
+    """Print what the full-precision network `--before` counts as, at 32 bit, beside the compressed one."""
+    path = find(args.before, Path(T_MODELS))
+    plain = Namespace(**{**vars(args), "halfprecision": False, "mul_bits": 32, "add_bits": 32})
+    checkpoint, network = load(path, Namespace(**{**vars(plain), "dw_multps": None, "phi": None}))
+    before = count_all(network, checkpoint.spec, image_size, plain)[after.ruler]
+    rows = [
+        ["zeros", f"{before.zeros_percent:.2f}%", f"{after.zeros_percent:.2f}%"],
+        ["scoring params", *(count(t.total_scoring_params) for t in (before, after))],
+        ["FLOP", *(count(t.total_mflop * 1e6) for t in (before, after))],
+        ["score", *(f"{t.score(task):.5f}" for t in (before, after))],
+    ]
+    result = as_dict(before, task)
+    if evaluation:
+        first = evaluate_network(network, checkpoint, dataset, image_size, plain)
+        rows.insert(0, ["accuracy", f"{first.accuracy:.2f}%", f"{evaluation.accuracy:.2f}%"])
+        result["evaluation"] = {**asdict(first), "accuracy": first.accuracy}
+    say(f"\nBefore and after, {after.ruler} ruler ({path.name} at 32 bit, {Path(args.t_model).name} as above)")
+    say(table(["", "before", "after"], rows))
+    return result
+
+
+def as_dict(tally: Tally, task: Task) -> dict:
+    """A tally with its sums, ready for JSON."""
+    return {
+        **asdict(tally),
+        "zeros_percent": tally.zeros_percent,
+        "scoring_params": tally.total_scoring_params,
+        "megabytes": tally.megabytes,
+        "mflop": tally.total_mflop,
+        "score": tally.score(task),
+        "subtotals": {
+            group.name: {"scoring_params": tally.scoring_params(group), "mflop": tally.mflop(group)}
+            for group in tally.groups
+        },
+    }
+
+
+def export(network: nn.Module, checkpoint: Checkpoint, args: Namespace) -> None:
+    """Write what `--save`, `--pt-sparse`, `--pack` and `--unpack` ask for."""
+    if args.save or args.pt_sparse:
+        folder = Path(SAVED_LAYERS) / checkpoint.path.stem
+        layers = {n: p.detach() for n, p in network.named_parameters() if p.ndim > 1 and is_ternary(p)}
+        for name, weight in layers.items():
+            save_layer(weight, folder / f"{name.removesuffix('.weight')}.pt", coo=args.pt_sparse)
+        say(f"{len(layers)} ternary layers -> {folder}")
+    if args.pack:
+        current = Checkpoint(checkpoint.path, checkpoint.spec, network.state_dict(), checkpoint.extra)
+        report = write_packed(current, Path(args.pack))
+        say(
+            f"{report.file_bytes:,} bytes -> {args.pack} ({report.float32_bytes:,} as 32 bit values; ternary symbols "
+            f"{report.ternary_bytes:,}, their entropy {report.entropy_bytes:,.0f})"
+        )
+    if args.unpack:
+        save(network_content(checkpoint.spec, network, **checkpoint.extra), Path(args.unpack))
+        say(f"checkpoint -> {args.unpack}")

@@ -25,13 +25,12 @@ Formats = dict[str, int]
 def challenge_formats(matrix: Matrix, b: int) -> Formats:
     """The formats of the MicroNet Challenge's rules.
 
-    A mask says where the values are that are not zero; a ternary tensor needs no more than the sign of each,
-    and its two values.
+    A mask says where the values are that are not zero; a ternary tensor needs only the sign of each, and its
+    two values. (A mask for either value, as in `published`, is allowed as well, and never smaller.)
     """
     formats = {"dense": matrix.numel * b, "mask": matrix.numel + matrix.nonzero * b}
     if matrix.ternary:
         formats["mask and signs"] = matrix.numel + matrix.nonzero + 2 * b
-        formats["two masks"] = 2 * matrix.numel + 2 * b
     return formats
 
 

@@ -1,6 +1,6 @@
 """What every ruler returns: one line a layer or operation, and the sums and the score that follow from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MILLION = 1e6
 
@@ -47,7 +47,11 @@ def task_of(dataset: str) -> Task:
 
 @dataclass
 class Line:
-    """One layer: its stored bits, its multiplications and additions, its weights and how many are not zero."""
+    """One layer: its stored bits, its multiplications and additions, its weights and how many are not zero.
+
+    `tree_adds` of the additions run in adder trees, whose levels differ in width: `tree_bits` is the sum of
+    their widths.
+    """
 
     name: str
     bits: float = 0.0
@@ -56,6 +60,8 @@ class Line:
     numel: int = 0
     nonzero: int = 0
     note: str = ""
+    tree_adds: float = 0.0
+    tree_bits: float = 0.0
 
 
 @dataclass
@@ -70,11 +76,21 @@ class Group:
 
 
 @dataclass
+class Uncounted:
+    """An operation that the ruler has no rule for: how often it runs, and in which module."""
+
+    operation: str
+    count: int
+    place: str
+
+
+@dataclass
 class Tally:
     """The result of one ruler.
 
     `params` is the number of the network's parameters as that ruler counts them, compressed or not;
-    `truncate` says whether a group's scoring parameters are cut to an integer before they are added.
+    `truncate` says whether a group's scoring parameters are cut to an integer before they are added;
+    `uncounted` lists what the totals lack.
     """
 
     ruler: str
@@ -82,15 +98,21 @@ class Tally:
     groups: list[Group]
     params: int
     truncate: bool = False
+    uncounted: list[Uncounted] = field(default_factory=list)
 
     def scoring_params(self, group: Group) -> float:
         """Parameters of 32 bit that hold the group's bits."""
         params = group.total("bits") / 32
         return int(params) if self.truncate else params
 
+    def line_mflop(self, line: Line) -> float:
+        """Millions of operations on 32 bit inputs that a line's operations count as."""
+        add_bits = (line.adds - line.tree_adds) * self.widths.add + line.tree_bits
+        return (line.mults * self.widths.mul + add_bits) / 32 / MILLION
+
     def mflop(self, group: Group) -> float:
         """Millions of operations on 32 bit inputs that the group's operations count as."""
-        return (group.total("mults") * self.widths.mul + group.total("adds") * self.widths.add) / 32 / MILLION
+        return sum(map(self.line_mflop, group.lines))
 
     @property
     def total_scoring_params(self) -> float:
