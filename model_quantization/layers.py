@@ -67,12 +67,12 @@ class TernaryLayers:
             parameter.grad = self.view(self.gradient, i)  # backward adds to it
         self.weights = nn.Parameter(self.quantized.float().clone())
         self.weights.grad = self.gradient.float()  # the same memory for float32 parameters
-        rows = torch.tensor(rows, device=device)
-        self._layer_of_row = torch.arange(len(rows), device=device).repeat_interleave(rows)
+        counts, total = torch.tensor(rows, device=device), sum(rows)
+        layers = torch.arange(len(rows), device=device)
+        self._layer_of_row = layers.repeat_interleave(counts, output_size=total)
         # rows of each layer, filled up with the index of a row of zeros behind the last
-        column = torch.arange(int(rows.max()), device=device)
-        first = rows.cumsum(0) - rows
-        self._rows_of_layer = torch.where(column < rows[:, None], first[:, None] + column, rows.sum())
+        column, first = torch.arange(max(rows), device=device), counts.cumsum(0) - counts
+        self._rows_of_layer = torch.where(column < counts[:, None], first[:, None] + column, total)
 
         centroids = torch.stack(ec2t.initial_centroids(self.extent(), s))
         self.centroids = nn.Parameter(centroids.float())

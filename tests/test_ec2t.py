@@ -270,3 +270,15 @@ def test_state_round_trip():
     second.load_state_dict(first.state_dict())
     second.assign()
     assert torch.equal(first.quantized, second.quantized)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("prune", [False, True])
+def test_a_step_never_waits_for_the_device(frozen, prune):
+    """On the meta device, whose tensors have no values, whatever reads a value back to the host raises."""
+    layers = layers_of(torch.empty(40, 30, device="meta"), torch.empty(8, 4, 3, 3, device="meta"), prune=prune)
+    layers.frozen = frozen
+    layers.scale_gradients()
+    layers.assign()
+    with pytest.raises(RuntimeError):
+        layers.weights.max().item()

@@ -1,4 +1,4 @@
-"""Dead channels: the smaller network that a count assumes is built, computes the same, and counts the same."""
+"""Dead channels: the smaller network that a count assumes is built; it computes and counts the same."""
 
 import copy
 

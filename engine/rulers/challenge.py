@@ -22,14 +22,15 @@ reference checkpoints of `tests/reference` with additions of 32 bit, as paramete
     two masks, where signs do        -189,863              -316,832              -124,941
     resolution of layers                          + 1.23              + 632.62              + 59.30
     residual additions not counted                + 1.31                + 2.57               + 0.68
-    scale of BatchNorm before conv.   + 2,440 /   + 0.69   + 1,500 /    + 3.58
+    BatchNorm before convolutions     + 2,440 /   + 0.69   + 1,500 /    + 3.58
     dead channels                    + 51,818 /  + 14.47 + 124,671 /   + 41.83        - 27 /  - 1.99
     challenge                         315,337 /   273.20   775,251 /   925.77   1,343,865 / 323.51
 
 Resolution: strides that are taken too early, always or never, sizes rounded up, padding that counts as zero.
 (EfficientNet's skip additions are counted, but far too few of them.) Dead channels: `published` removes
 filters that sum to zero, and what they feed, whatever constant they are and whatever else feeds it; in
-EfficientNet it removes none. It also cuts each group's parameters to an integer.
+EfficientNet it removes none. BatchNorm: of one before a convolution, only the bias is counted. Besides, the
+parameters of each group are cut to an integer.
 """
 
 from collections.abc import Callable, Mapping
@@ -139,6 +140,9 @@ MOVES = (
     "new_empty", "new_zeros", "new_ones", "new_full", "return",
 )  # fmt: skip
 
+# The rules name convolutions, linear layers, averages, products, additions, ReLU, swish, sigmoid and h-swish.
+# By analogy, a clipped ReLU counts as ReLU, a hard sigmoid as h-swish without its product, a difference as a
+# sum and a quotient as a product. The comparisons of a max pool are like none of them, and stay uncounted.
 RULES: dict[str, Rule] = {
     "convolution": Rule("convolutions", layer_cost),
     "addmm": Rule("linear layers", layer_cost),

@@ -36,12 +36,12 @@ from engine.rulers.storage import Matrix
 
 BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 
-# Operations that map each element by itself: applied to a constant as they are.
+# Operations that map each element by itself, and so a constant.
 _ELEMENTWISE = ("relu", "hardtanh", "clamp", "clamp_min", "silu", "sigmoid", "hardswish", "hardsigmoid")
 
 # Operations that leave a constant as it is, where the channels stay the second dimension.
-_UNCHANGING = ("view", "_unsafe_view", "squeeze", "unsqueeze", "expand", "slice", "clone", "detach", "alias")
-_UNCHANGING += ("mean", "_adaptive_avg_pool2d")
+_MOVING = ("view", "_unsafe_view", "squeeze", "unsqueeze", "expand", "slice", "clone", "detach", "alias")
+_UNCHANGING = (*_MOVING, "mean", "_adaptive_avg_pool2d")
 
 
 @dataclass(eq=False)
@@ -154,10 +154,7 @@ def _find_layers(nodes: list[Node], folding: Folding) -> None:
 
 
 def _layer(node: Node) -> Layer | None:
-    """`node` as a layer, if it is one.
-
-    No layers are products of two features of the image, and transposed convolutions.
-    """
+    """`node` as a layer; None for anything else, also for transposed convolutions and products of features."""
     arguments = node.arguments
     if node.operation == "convolution" and not arguments["transposed"]:
         input, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
