@@ -154,7 +154,7 @@ def _find_layers(nodes: list[Node], folding: Folding) -> None:
 
 
 def _layer(node: Node) -> Layer | None:
-    """`node` as a layer; None for anything else, also for transposed convolutions and products of features."""
+    """`node` as a layer; None for what is none, such as transposed convolutions and products of features."""
     arguments = node.arguments
     if node.operation == "convolution" and not arguments["transposed"]:
         input, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]

@@ -23,16 +23,16 @@ without a BatchNorm before its convolutions; see `_resnet_extras`.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from engine.rulers.tally import Group, Line, Tally, Widths
+from engine.rulers.threads import one_thread
 from model import EFFICIENTNETS
 from model.layers import is_ternary
-from engine.rulers.tally import Group, Line, Tally, Widths
 
 # (biases, multiplications, additions) that stand beside a convolution, from its index, n, live_in, live_out.
 Extras = Callable[[int, int, int, int], tuple[int, int, int]]
@@ -49,7 +49,7 @@ def count(network: nn.Module, model: str, image_size: int, widths: Widths) -> Ta
     `Layer.merged_params`.
     """
     form = _efficientnet if model in EFFICIENTNETS else _resnet if model == "resnet20" else _micronet
-    with _one_thread():
+    with one_thread():
         groups, params = form(network, image_size, widths.value)
     return Tally("published", widths, groups, params, truncate=True)
 
@@ -110,17 +110,6 @@ class Layer:
 
 
 # ---------------------------------------------------------------------------------------- shared terms
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch use one thread: on a busy machine, several wait far longer than one takes to count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _count_nonzero(tensor: Tensor) -> int:
