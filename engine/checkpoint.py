@@ -138,15 +138,15 @@ def read(path: Path) -> dict:
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        raise UserError(f"{path}: {_damage(path, error)}; pass another file ({_listing(path.parent)})") from None
+        raise UserError(f"{path}: {_damage(path, error)}; {_another(path)}") from None
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint with a state dict")
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors; {_another(path)}")
     return dict(content)
 
 
 def _damage(path: Path, error: Exception) -> str:
     """Say in plain words why `torch.load` failed with `error`."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename:
         return f"can't be read ({error.strerror})"
     if kept_out := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"holds the Python object {kept_out[1]}, and only tensors and plain values are read from files"
@@ -157,14 +157,19 @@ def _damage(path: Path, error: Exception) -> str:
     return "is truncated or damaged" if start in (b"PK", b"\x80\x02") else "is not a PyTorch checkpoint"
 
 
+def _another(path: Path) -> str:
+    return f"pass another file ({_listing(path.parent)})"
+
+
 def _listing(folder: Path) -> str:
     """Say what lies in `folder`, checkpoints first."""
     if not folder.is_dir():
         return f"there is no folder {folder}"
     there = (path for path in folder.iterdir() if not path.name.startswith("."))
-    names = [path.name for path in sorted(there, key=lambda path: (path.suffix not in SUFFIXES, path.name))]
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{folder} holds {', '.join(names[:LISTED]) or 'no files'}{more}"
+    files = sorted(there, key=lambda path: (path.suffix not in SUFFIXES, path.name))
+    names = [path.name + "/" * path.is_dir() for path in files[:LISTED]]
+    more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+    return f"{folder} holds {', '.join(names) or 'no files'}{more}"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -208,12 +213,9 @@ def _state_dict(content: dict, path: Path) -> dict[str, Tensor]:
             tensors = content[key]
             break
     if not _all_tensors(tensors):
-        raise UserError(f"{path}: holds no tensors by name ({_keys(content)}); pass another file")
+        keys = ", ".join(map(str, list(content)[:5]))
+        raise UserError(f"{path}: holds no tensors by name (its keys: {keys or 'none'}); {_another(path)}")
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-
-
-def _keys(content: dict) -> str:
-    return f"its keys: {', '.join(map(str, list(content)[:5]))}" if content else "it is an empty dict"
 
 
 def _all_tensors(tensors: Mapping) -> bool:
@@ -233,9 +235,9 @@ def _check_spec(spec: dict, state_dict: dict, path: Path) -> None:
         differences = mismatches(expected_state_dict(spec), state_dict)
     except Exception as error:  # whatever the odd arguments in the file lead to
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: says that it is {spec}, which can't be built ({reason}); pass another file") from None
+        raise UserError(f"{path}: says that it is {spec}, which can't be built ({reason}); {_another(path)}") from None
     if differences:
-        raise UserError(f"{path}: says that it is {describe(spec)}, but {_first(differences)}; pass another file")
+        raise UserError(f"{path}: says that it is {describe(spec)}, but {_first(differences)}; {_another(path)}")
 
 
 def _identified(state_dict: dict, path: Path) -> dict:
@@ -247,13 +249,15 @@ def _identified(state_dict: dict, path: Path) -> dict:
 
 
 def _check_values(state_dict: dict, path: Path) -> None:
-    """Raise a UserError unless all tensors are plain and finite. Their shapes must be known to be sane."""
+    """Raise a UserError unless all tensors are plain and finite."""
     for name, tensor in state_dict.items():
         if name.endswith("num_batches_tracked"):
             continue
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
             kind = f"{tensor.layout} of {tensor.dtype} on {tensor.device}".replace("torch.", "")
             raise UserError(f"{path}: {name} is {kind}, not a plain tensor of floating point numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} claims more values than the file holds; {_another(path)}")
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path}: {name} holds NaN or infinite values; take an earlier checkpoint")
 

@@ -135,7 +135,7 @@ def encode_halves(values: np.ndarray) -> tuple[bytes, np.ndarray]:
 def decode_halves(high: bytes, low: np.ndarray) -> np.ndarray:
     """The float16 `[N]` that `encode_halves` took apart; ValueError if there are not N high bytes."""
     high = decompress(DEFLATE, high, limit=low.size)
-    if high.size < low.size:
+    if high.size != low.size:
         raise ValueError(f"{high.size} high bytes for {low.size} low ones")
     return np.stack([low, high], axis=1).reshape(-1).view("<f2").astype(np.float16)
 

@@ -266,7 +266,7 @@ def _unpack(stock: _Stock, shape: tuple[int, ...]) -> Tensor:
     elif kind == Kind.HALF:
         values = stock.take("half", size).astype(np.float32)
     elif kind == Kind.FLOAT:
-        values = stock.take("float", size).copy()
+        values = stock.take("float", size).astype(np.float32)
     else:
         raise ValueError(f"there is no kind {kind} of tensor")
     return torch.from_numpy(values).view(shape)

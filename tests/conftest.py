@@ -1,0 +1,47 @@
+"""Shared by the tests: the project on the import path, and class folders of tiny random images."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+CHANNELS = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "CMYK": (4,)}
+
+
+def random_image(size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Noise of `size` (width, height) pixels."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *CHANNELS[mode]), dtype=np.uint8)
+    return Image.fromarray(values, mode)
+
+
+@pytest.fixture
+def make_folders(tmp_path) -> Callable[..., Path]:
+    """A function that writes `number` images a class and returns the folder, with train/ and test/ or as told."""
+
+    def make(
+        name: str = "images",
+        classes: tuple[str, ...] = ("cat", "dog"),
+        splits: tuple[str, ...] = ("train", "test"),
+        number: int = 2,
+        size: tuple[int, int] = (8, 8),
+        mode: str = "RGB",
+        suffix: str = "png",
+    ) -> Path:
+        files = [
+            tmp_path / name / split / label / f"{i}.{suffix}"
+            for split in splits
+            for label in classes
+            for i in range(number)
+        ]
+        for seed, file in enumerate(files):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            random_image(size, mode, seed).save(file)
+        return tmp_path / name
+
+    return make
