@@ -1,6 +1,14 @@
 """The command line of `run_scoring.py`."""
 
-from engine.cli import Parser, add_data_arguments, add_machine_arguments, add_model_arguments, positive_int, share, switch
+from engine.cli import (
+    Parser,
+    add_data_arguments,
+    add_machine_arguments,
+    add_model_arguments,
+    positive_int,
+    share,
+    switch,
+)
 from model_scoring import RULERS
 
 T_MODELS = "model_scoring/trained_t_models"

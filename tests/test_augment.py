@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,15 +20,6 @@ from engine.augment import HUE, MEAN, STD, Augmentation
 JITTER = (0.3, 0.3, 0.3, 0.075)
 POLICY = Augmentation(flip=True, padding=4, jitter=JITTER, cutout=8)
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The per-image references are many tiny operations; on a busy machine, threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed: int = 0) -> Generator:

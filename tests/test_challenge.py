@@ -12,11 +12,11 @@ from reference.make_checkpoint import make_state_dict
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from model import EFFICIENTNETS, build
 from engine.rulers import published
 from engine.rulers.challenge import count
 from engine.rulers.graph import trace
 from engine.rulers.tally import TASKS, Line, Tally, Uncounted, Widths
+from model import EFFICIENTNETS, build
 
 FULL = Widths(32, 32, 32)
 

@@ -41,14 +41,6 @@ quick = settings(max_examples=100, deadline=None)
 symbol_arrays = npst.arrays(np.uint8, st.integers(0, 300), elements=st.integers(0, 2))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def reference_tensors(name: str) -> dict[str, Tensor]:
     """The tensors of a reference checkpoint; shared, so not to be changed."""

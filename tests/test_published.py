@@ -12,12 +12,12 @@ import torch
 from reference.make_checkpoint import make_state_dict
 from torch import nn
 
-from model import EFFICIENTNETS, build
-from model.layers import ternary_candidates
-from model.micronet import Layout, MicroNet
 from engine.rulers import published
 from engine.rulers.published import count, prune_depthwise
 from engine.rulers.tally import TASKS, Group, Line, Tally, Widths
+from model import EFFICIENTNETS, build
+from model.layers import ternary_candidates
+from model.micronet import Layout, MicroNet
 
 CASES = json.loads((Path(__file__).parent / "reference" / "scores.json").read_text())
 SPECS = {

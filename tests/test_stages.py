@@ -22,15 +22,6 @@ DIGITS = "--dataset digits --image-size 8 --batch-size 479 --no-cuda".split()  #
 FILES = ("last.pt", "log.jsonl", "arguments.json")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks: several threads wait longer for each other than one computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def scale(save_dir: Path, *arguments: str) -> int:
     command = [*DIGITS, "--phi", "1", "--save-dir", str(save_dir), *arguments]
     return model_compound_scaling.search.run(scaling_parser().parse_args(command))
@@ -105,8 +96,7 @@ def test_scaling_resumes_bit_identically(tmp_path, monkeypatch, whole_epochs):
     assert (tmp_path / "whole/best_model.pt").read_bytes() == (tmp_path / "parts/best_model.pt").read_bytes()
 
 
-@pytest.mark.parametrize("whole_epochs", [0, 1, 2, 3])
-@pytest.mark.parametrize("prune", [False, True])
+@pytest.mark.parametrize(("whole_epochs", "prune"), [(0, False), (1, False), (2, False), (3, False), (2, True)])
 def test_quantization_resumes_bit_identically(resnet, tmp_path, monkeypatch, whole_epochs, prune):
     arguments = "--epochs 2 --retrain-epochs 2 --lr 1e-3 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
     arguments += ["--do-prune"] * prune
@@ -116,8 +106,8 @@ def test_quantization_resumes_bit_identically(resnet, tmp_path, monkeypatch, who
         quantize(resnet, tmp_path / "parts", *arguments)
     quantize(resnet, tmp_path / "parts", *arguments)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts", (*FILES, "best_ternarize.pt"))
-    for name in ("Ternary_best_acc.pt",):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    best = "Ternary_best_acc.pt"
+    assert (tmp_path / "whole" / best).read_bytes() == (tmp_path / "parts" / best).read_bytes()
 
 
 def test_resume_takes_the_state_of_another_folder_and_refuses_other_arguments(resnet, tmp_path, monkeypatch):

@@ -1,0 +1,331 @@
+"""The three command lines: every bad one ends with exit code 2 and one line that helps, before anything is trained."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from engine import cli
+from engine.checkpoint import network_content, save
+from engine.cli import Parser, launch
+from model import build
+from model_compound_scaling.arguments import parser as scaling_parser
+from model_quantization.arguments import parser as quantization_parser
+from model_scoring.arguments import parser as scoring_parser
+
+PROGRAMS = {
+    "run_compound_scaling.py": (scaling_parser, "model_compound_scaling.search"),
+    "run_quantization.py": (quantization_parser, "model_quantization.sweep"),
+    "run_scoring.py": (scoring_parser, "model_scoring.scoring"),
+}
+TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 2}  # 1-1-1 blocks of 8-16-32
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run_here(command: str, monkeypatch) -> int | str | None:
+    """Run a program in this process, as its file does, and return its exit code."""
+    program, *arguments = shlex.split(command)
+    make_parser, module = PROGRAMS[program]
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        launch(make_parser(), module)
+    return caught.value.code
+
+
+def start(command: str, **options) -> subprocess.Popen:
+    """Run a program in a process of its own."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, env=ENVIRONMENT, **pipes, **options)
+
+
+def run_apart(command: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a program in a process of its own."""
+    process = start(command)
+    output, error = process.communicate()
+    return process.returncode, output, error
+
+
+# ------------------------------------------------------------------------------------- bad command lines
+
+
+@pytest.fixture
+def files(tmp_path, make_folders) -> Path:
+    """A folder with class folders and checkpoints, good and bad ones."""
+    make_folders("pets")
+    make_folders("three", classes=("ant", "bee", "cat"))
+    make_folders("unequal", classes=("cat", "dog"))
+    (tmp_path / "unequal" / "test" / "dog").rename(tmp_path / "unequal" / "test" / "cow")
+    make_folders("broken")
+    (tmp_path / "broken" / "train" / "dog" / "1.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "halves" / "train").mkdir(parents=True)
+    (tmp_path / "halves" / "test").mkdir()
+    save(network_content(TINY, build(TINY), dataset="folder", image_size=8), tmp_path / "tiny.pt")
+    (tmp_path / "truncated.pt").write_bytes((tmp_path / "tiny.pt").read_bytes()[:20_000])
+    (tmp_path / "notes.pt").write_text("no checkpoint")
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "foreign.pt")
+    return tmp_path
+
+
+SCALING = "run_compound_scaling.py --no-cuda --save-dir {0}/runs --dataset folder --data-path {0}/pets "
+QUANTIZATION = "run_quantization.py --no-cuda --save-dir {0}/runs --data-path {0}/pets "
+SCORING = "run_scoring.py --no-cuda "
+TINY_FLAGS = "holds --model cifar_micronet --dw-multps 0.1 0.5 --phi 1, but the flags ask for "
+
+# A command and what its line must say; {0} is the folder of the fixture `files`.
+BAD_COMMANDS = [
+    # numbers
+    (SCALING + "--grid 1.4 1.2 1.5", "argument --grid: 3 numbers are no pairs of depth and width"),
+    (SCALING + "--grid", "argument --grid: expected at least one argument"),
+    (SCALING + "--grid 1.4 0", "argument --grid: '0' is not a number above 0"),
+    (SCALING + "--grid -1 1", "argument --grid: '-1' is not a number above 0"),
+    (SCALING + "--grid nan 1", "argument --grid: 'nan' is not"),
+    (SCALING + "--grid 1,4 1,2", "argument --grid: '1,4' is not"),
+    (SCALING + "--phi -1", "argument --phi: '-1' is not a number of 0 or more"),
+    (SCALING + "--batch-size 0", "argument --batch-size: '0' is not a whole number above 0"),
+    (SCALING + "--batch-size 1.5", "argument --batch-size: '1.5' is not a whole number"),
+    (SCALING + "--val-batch-size -1", "argument --val-batch-size: '-1' is not a whole number above 0"),
+    (SCALING + "--epochs 0", "argument --epochs: '0' is not"),
+    (SCALING + "--epochs 1" + 400 * "0", "argument --epochs: '1000"),
+    (SCALING + "--epochs 5 --start-epoch 5", "--start-epoch 5 leaves nothing of --epochs 5"),
+    (SCALING + "--image-size 0", "argument --image-size: '0' is not"),
+    (SCALING + "--lr inf", "argument --lr: 'inf' is not a number above 0"),
+    (SCALING + "--seed -1", "argument --seed: '-1' is not a whole number of 0 or more"),
+    (SCALING + "--workers -1", "argument --workers: '-1' is not"),
+    (QUANTIZATION + "--model-dict {0}/tiny.pt --batch-size 0", "argument --batch-size: '0' is not"),
+    (QUANTIZATION + "--model-dict {0}/tiny.pt --ini-c-divrs 0", "argument --ini-c-divrs: '0' is not"),
+    (QUANTIZATION + "--model-dict {0}/tiny.pt --lambda-max-divrs 1", "argument --lambda-max-divrs: '1' is not"),
+    (QUANTIZATION + "--model-dict {0}/tiny.pt --shard 3/2", "argument --shard: '3/2' is not"),
+    (SCORING + "--t-model {0}/tiny.pt --mul-bits 0", "argument --mul-bits: '0' is not"),
+    (SCORING + "--t-model {0}/tiny.pt --dw-multps 0 1", "argument --dw-multps: '0' is not a number above 0"),
+    (SCORING + "--t-model {0}/tiny.pt --dw-multps 1", "argument --dw-multps: expected 2 arguments"),
+    (SCORING + "--t-model {0}/tiny.pt --prune-threshold 1.1", "argument --prune-threshold: '1.1' is not"),
+    # names
+    (SCALING + "--dataset cifar100", "argument --dataset: invalid choice: 'cifar100' (choose from"),
+    (SCALING + "--grids 1 1", "unrecognized arguments: --grids 1 1"),
+    (SCALING + "--epoch 1", "unrecognized arguments: --epoch 1"),
+    (SCALING + "--resume x --no-resume", "argument --no-resume: not allowed with argument --resume"),
+    (QUANTIZATION, "the following arguments are required: --model-dict"),
+    (QUANTIZATION + "--model-dict {0}/tiny.pt --model resnet50", "argument --model: unknown model 'resnet50' (choose"),
+    (SCORING + "--t-model {0}/tiny.pt --model resnet50", "argument --model: unknown model 'resnet50' (choose"),
+    (SCORING + "--t-model {0}/tiny.pt --accounting mine", "argument --accounting: invalid choice: 'mine'"),
+    # images
+    (SCALING + "--data-path {0}/nowhere", "{0}/nowhere: no such folder for --dataset folder"),
+    (SCALING + "--data-path {0}/empty", "{0}/empty: no class folders for --dataset folder"),
+    (SCALING + "--data-path {0}/empty --dataset ImageNet", "{0}/empty: no class folders for --dataset ImageNet"),
+    (SCALING + "--data-path {0}/tiny.pt --dataset MNIST", "{0}/tiny.pt: MNIST can't be read there"),
+    (SCALING + "--data-path {0}/halves", "{0}/halves/train: holds no class folders"),
+    (SCALING + "--data-path {0}/unequal", "cow is missing in {0}/unequal/train"),
+    (SCALING + "--data-path {0}/broken", "{0}/broken/train/dog/1.png: does not decode as an image"),
+    (QUANTIZATION + "--model-dict {0}/tiny.pt --data-path {0}/unequal", "cow is missing in {0}/unequal/train"),
+    (QUANTIZATION + "--model-dict {0}/tiny.pt --data-path {0}/three", "tells 2 classes apart, but folder in {0}/three has 3"),
+    (QUANTIZATION + "--model-dict {0}/tiny.pt --dataset digits", "tells 2 classes apart, but digits in "),
+    (SCORING + "--t-model {0}/tiny.pt --eval --data-path {0}/three", "tells 2 classes apart, but folder in "),
+    # checkpoints
+    (QUANTIZATION + "--model-dict nowhere.th", "no file 'nowhere.th', neither as a path nor in model_quantization/"),
+    (QUANTIZATION + "--model-dict {0}/pets", "'{0}/pets' is a folder; pass a file in it ({0}/pets holds test/, train/)"),
+    (SCORING + "--t-model {0}/nowhere.pt", "no file '{0}/nowhere.pt' ({0} holds foreign.pt, notes.pt, tiny.pt, trunc"),
+    (SCORING + "--t-model {0}/truncated.pt", "{0}/truncated.pt: is truncated or damaged; pass another file ({0} holds "),
+    (SCORING + "--t-model {0}/notes.pt", "{0}/notes.pt: is not a PyTorch checkpoint; pass another file ({0} holds "),
+    (SCORING + "--t-model {0}/foreign.pt", "{0}/foreign.pt: the tensors fit none of the known networks (cifar_micronet"),
+    (SCORING + "--t-model {0}/tiny.pt --model resnet20", TINY_FLAGS + "--model resnet20"),
+    (QUANTIZATION + "--model-dict {0}/tiny.pt --dw-multps 0.1 2 --phi 1", TINY_FLAGS + "--model cifar_micronet --dw-"),
+    (SCORING + "--t-model {0}/tiny.pt --dw-multps 14 12", "a depth multiplier of 14^3.5 = 1.03e+04 makes no usable network"),
+    # where results go
+    (SCALING + "--epochs 1 --grid 1 1 --phi 1 --save-dir {0}/tiny.pt", "can't be written (Not a directory)"),
+    (SCALING + "--resume {0}/nowhere/last.pt", "{0}/nowhere/last.pt: can't be read (No such file or directory)"),
+    (SCALING + "--resume {0}/tiny.pt", "{0}/tiny.pt: holds no run's state; pass the last.pt in a run's folder"),
+]
+
+
+@pytest.mark.parametrize("command, said", BAD_COMMANDS, ids=lambda text: text.replace(" --no-cuda", "")[:90])
+def test_bad_command_lines_end_with_one_line(command, said, files, monkeypatch, capsys):
+    assert run_here(command.format(files), monkeypatch) == 2
+    output, error = capsys.readouterr()
+    assert error.startswith(f"{command.split()[0]}: error: ") and error.count("\n") == 1
+    assert said.format(files) in error
+    assert "epoch" not in output, "something was trained"
+    assert not list(files.glob("runs/*/*.pt"))
+
+
+def test_a_program_of_its_own_process_ends_the_same(files):
+    code, output, error = run_apart(SCORING + f"--t-model {files}/truncated.pt")
+    assert (code, output) == (2, "")
+    assert error.startswith(f"run_scoring.py: error: {files}/truncated.pt: is truncated") and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------- good command lines
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_shows_defaults_and_ends_with_an_example_that_works(program):
+    code, text, error = run_apart(f"{program} --help")
+    assert (code, error) == (0, "")
+    for name in ("--dataset", "--data-path", "--image-size", "--workers", "--val-batch-size", "--amp"):
+        described = re.search(rf"^  {name} .*?(?=^  -|\Z)", text, re.MULTILINE | re.DOTALL)
+        assert re.search(r"\(default:\s[^)]+\)", described[0]), f"{name} without its default"
+    example = text[text.rindex("\nexample: ") :].replace("\\\n", " ")
+    (command,) = (line for line in example.splitlines() if line.startswith("  python "))
+    assert command.split()[1] == program and example.rstrip().endswith(command.rstrip())
+    make_parser, _ = PROGRAMS[program]
+    make_parser().parse_args(shlex.split(command)[2:])
+
+
+def test_a_command_line_is_parsed_without_loading_torch():
+    parsers = "; ".join(f"import {package}.arguments as a; a.parser()" for package in
+                        ("model_compound_scaling", "model_quantization", "model_scoring"))
+    code, output, error = run_apart(f'-c "import sys; {parsers}; print(set(sys.modules) & {{\'torch\', \'numpy\'}})"')
+    assert (code, output, error) == (0, "set()\n", "")
+
+
+COMMANDS_OF_2019 = """\
+run_compound_scaling.py --epochs 250 --batch-size 128 --grid 1.4 1.2 --phi 3.5 --dataset CIFAR100 --image-size 32
+run_quantization.py --model-dict MicroNet.th --batch-size 128 --epochs 20 --retrain-epochs 20 --ini-c-divrs 0.45 \
+--lambda-max-divrs 0.15 --model cifar_micronet --dw-multps 1.4 1.2 --phi 3.5 --dataset CIFAR100
+run_scoring.py --t-model best.pt --model cifar_micronet --dataset CIFAR100 --eval --halfprecision --add-bits 16
+run_quantization.py --batch-size 128 --val-batch-size 256 --ini-c-divrs 0.2 --lambda-max-divrs 0.125 \
+--model efficientnet-b1 --model-dict b1.pt --dataset ImageNet --image-size 224 --data-path x --epochs 20 \
+--retrain-epochs 15
+run_quantization.py --batch-size 128 --val-batch-size 256 --ini-c-divrs 0.25 --lambda-max-divrs 0.15 \
+--model efficientnet-b1 --model-dict b1.pt --dataset ImageNet --image-size 224 --data-path x --epochs 10 \
+--retrain-epochs 0 --do-prune --no-resume
+run_scoring.py --dataset ImageNet --data-path x --val-batch-size 256 --image-size 256 --model efficientnet-b1 \
+--t-model best.pt --prune-threshold 0.01 --eval --halfprecision --add-bits 16
+run_scoring.py --no-halfprecision --t-model best_ternary_imagenet_micronet.pt --image-size 200 --no-cuda
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_2019.splitlines())
+def test_commands_of_2019_are_understood(command):
+    program, *arguments = shlex.split(command)
+    make_parser, _ = PROGRAMS[program]
+    args = make_parser().parse_args(arguments)
+    assert args.model_dict if program == "run_quantization.py" else True
+    assert not hasattr(args, "epochs") or args.epochs in (250, 20, 10)
+
+
+def test_defaults_of_2019():
+    scaling = scaling_parser().parse_args([])
+    assert (scaling.grid, scaling.phi, scaling.epochs, scaling.batch_size) == ([1.4, 1.2], 3.5, 200, 256)
+    assert (scaling.lr, scaling.momentum, scaling.weight_decay, scaling.data_path) == (0.1, 0.9, 5e-4, "../data")
+    quantization = quantization_parser().parse_args(["--model-dict", "x"])
+    assert quantization.ini_c_divrs == [0.15, 0.3, 0.5] and quantization.lambda_max_divrs == [0.125, 0.15, 0.175]
+    assert (quantization.epochs, quantization.retrain_epochs) == (20, 15)
+    assert (quantization.lr, quantization.lr2, quantization.weight_decay) == (1e-4, 1e-5, 5e-6)
+    scoring = scoring_parser().parse_args(["--t-model", "x"])
+    assert (scoring.halfprecision, scoring.mul_bits, scoring.prune_threshold) == (True, 16, 1.0)
+    assert scoring.cuda and not scoring.eval
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_cpu_is_taken_and_named(files, monkeypatch, capsys):
+    command = f"{SCORING} --cuda --t-model {files}/tiny.pt --eval --data-path {files}/pets".format(files)
+    assert run_here(command, monkeypatch) == 0
+    assert "Running on the CPU (no GPU found)\n" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- how programs end
+
+
+def ending(body: str, tmp_path: Path, resumable: bool = False) -> tuple[int, str, str]:
+    """How a program ends whose `run(args)` has this body."""
+    (tmp_path / "program.py").write_text(f"from engine import UserError\n\ndef run(args):\n    {body}\n")
+    (tmp_path / "x.py").write_text(
+        f"import sys; sys.path.append({str(ROOT)!r})\n"
+        f"from engine.cli import Parser, add_run_arguments, launch\n"
+        f"parser = Parser(prog='x')\n"
+        f"{resumable} and add_run_arguments(parser, 'runs')\n"
+        f"launch(parser, 'program')\n"
+    )
+    return run_apart(str(tmp_path / "x.py"))
+
+
+def test_done(tmp_path):
+    assert ending("return 0", tmp_path) == (0, "", "")
+
+
+def test_wrong_input_is_one_line_whatever_it_holds(tmp_path):
+    assert ending(r"raise UserError('a\nb: what\r\nto do')", tmp_path) == (2, "", "x: error: a b: what to do\n")
+
+
+def test_a_file_that_the_system_refuses_is_one_line(tmp_path):
+    code, _, error = ending("open('/nowhere/x')", tmp_path)
+    assert code == 2 and error == "x: error: /nowhere/x: No such file or directory; mend that, or pass another path\n"
+
+
+@pytest.mark.parametrize("mistake", ["1 / 0", "raise OSError('no file')", "raise KeyError('x')"])
+def test_a_bug_shows_its_traceback(mistake, tmp_path):
+    code, _, error = ending(mistake, tmp_path)
+    assert code == 1 and "Traceback" in error
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_ctrl_c_says_how_to_go_on_where_that_is_possible(resumable, tmp_path):
+    code, _, error = ending("raise KeyboardInterrupt", tmp_path, resumable)
+    assert code == 130 and error.startswith("x: interrupted") and error.count("\n") == 1
+    assert ("the same command, without --no-resume, continues" in error) is resumable
+
+
+def test_nobody_reads_any_more(tmp_path):
+    assert ending("print('x' * 9); raise BrokenPipeError", tmp_path)[::2] == (cli.EXIT_NOBODY_READS, "")
+
+
+@pytest.mark.parametrize("data", ["small", "photographs"])
+def test_ctrl_c_in_training_leaves_a_resumable_run(data, make_folders, tmp_path):
+    size, suffix = ((8, 8), "png") if data == "small" else ((80, 70), "jpg")
+    path = make_folders(number=4, size=size, suffix=suffix)
+    command = (
+        f"run_compound_scaling.py --no-cuda --dataset folder --data-path {path} --image-size 8 --grid 0.1 0.3 --phi 1 "
+        f"--epochs 5000 --batch-size 4 --workers 2 --save-dir {tmp_path}/runs"
+    )
+    process = start(command, start_new_session=True)  # Ctrl-C reaches the whole group, workers too
+    try:
+        for line in process.stdout:
+            if "epoch   2/" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error == (
+        "run_compound_scaling.py: interrupted; the same command, without --no-resume, "
+        "continues after the last whole epoch\n"
+    )
+    (last,) = tmp_path.glob("runs/*/last.pt")
+    assert torch.load(last, weights_only=True)["state"]["epoch"] >= 2
+    assert not list(tmp_path.glob("runs/*/.*")), "temporary files are left"
+
+
+# ------------------------------------------------------------------------------------- numbers on the command line
+
+NUMBERS: list[tuple[Callable, str, object]] = [
+    (cli.positive_int, "3", 3),
+    (cli.positive_int, "1_000", 1000),
+    (cli.nonnegative_int, "0", 0),
+    (cli.positive_float, "1e-3", 1e-3),
+    (cli.nonnegative_float, "0", 0.0),
+    (cli.fraction, "0", 0.0),
+    (cli.fraction, "0.999", 0.999),
+    (cli.share, "1", 1.0),
+]
+
+
+@pytest.mark.parametrize("parse, text, value", NUMBERS)
+def test_numbers(parse, text, value):
+    assert parse(text) == value
+
+
+def test_flags_are_not_guessed_from_their_beginning():
+    parser = Parser(prog="x")
+    parser.add_argument("--epochs", type=cli.positive_int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--epo", "3"])
