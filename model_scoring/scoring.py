@@ -75,6 +75,8 @@ def run(args: Namespace) -> int:
 def load(path: Path, args: Namespace) -> tuple[Checkpoint, nn.Module]:
     """Read a checkpoint, a packed file, or a checkpoint of the user's own builder `--model module:function`."""
     if args.model and ":" in args.model:
+        if args.pack or args.unpack:
+            raise UserError(f"--model {args.model}: packed files hold built-in models only; leave --pack, --unpack out")
         network, state_dict = own_network(args.model), read_state_dict(path)
         if differences := mismatches(network.state_dict(), state_dict):
             raise UserError(f"{path} does not fit what {args.model} builds: {differences[0]}")

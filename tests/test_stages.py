@@ -222,3 +222,64 @@ def test_scoring_prints_every_layer_and_the_score(resnet, tmp_path, capsys):
     out = capsys.readouterr().out
     assert sum(line.startswith("  layer") for line in out.splitlines()) >= 18
     assert f"{row['accuracy']:.2f}%" in out and f"{row['zeros']:.2f}%" in out
+
+
+OWN_BUILDER = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.linear = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.linear(torch.softmax(self.conv(x), 1).mean((2, 3)))
+"""
+
+
+def test_a_users_own_network_is_counted_and_strict_names_what_has_no_rule(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_builder.py").write_text(OWN_BUILDER)
+    monkeypatch.chdir(tmp_path)
+    shapes = {"conv.weight": (8, 3, 3, 3), "linear.weight": (10, 8), "linear.bias": (10,)}
+    torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, "own.pt")
+    command = [tmp_path / "own.pt", "--model", "own_builder:Net", "--json", "own.json"]
+    assert score(*command) == 0
+    assert "_softmax, 1 times" in capsys.readouterr().out
+    report = json.loads(Path("own.json").read_text())
+    assert set(report["rulers"]) == {"challenge", "improved"}
+    # 30 x 30 outputs of 27 products and their sums, the mean, and the linear layer with its bias
+    subtotals = report["rulers"]["challenge"]["groups"]
+    mults = {group["name"]: sum(line["mults"] for line in group["lines"]) for group in subtotals}
+    assert mults == {"convolutions": 27 * 8 * 900, "linear layers": 80, "poolings": 8}
+    with pytest.raises(engine.UserError, match="_softmax"):
+        score(*command, "--strict")
+    with pytest.raises(engine.UserError, match="leave --pack"):
+        score(*command, "--pack", "own.safetensors")
+    with pytest.raises(engine.UserError, match="no form"):
+        score(*command, "--accounting", "published")
+
+
+def test_a_packed_file_scores_as_its_checkpoint_and_unpacks_to_it(resnet, tmp_path):
+    quantize(resnet, tmp_path, *"--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
+    packed, json_1, json_2 = tmp_path / "net.safetensors", tmp_path / "1.json", tmp_path / "2.json"
+    score(tmp_path / "Ternary_best_acc.pt", "--pack", str(packed), "--json", str(json_1))
+    score(packed, "--unpack", str(tmp_path / "again.pt"), "--json", str(json_2))
+    one, two = (json.loads(path.read_text())["rulers"] for path in (json_1, json_2))
+    assert {r: one[r]["score"] for r in one} == {r: two[r]["score"] for r in two}
+    before, after = (read(tmp_path / name)["state_dict"] for name in ("Ternary_best_acc.pt", "again.pt"))
+    for name in before:
+        if ".conv" in name:
+            assert torch.equal(before[name], after[name])
+
+
+def test_before_and_after_stand_side_by_side(resnet, tmp_path, capsys):
+    quantize(resnet, tmp_path, *"--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
+    capsys.readouterr()
+    score(tmp_path / "Ternary_best_acc.pt", "--eval", "--before", str(resnet))
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in lines[lines.index("") :] if line}
+    assert rows["zeros"][0].startswith("0") and float(rows["zeros"][1].rstrip("%")) > 40
+    assert float(rows["score"][0]) > 5 * float(rows["score"][1])
+    assert rows["accuracy"][0].endswith("%")
