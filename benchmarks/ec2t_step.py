@@ -47,8 +47,7 @@ class LiteralEC2T:
         self.q = [p for name, p in network.named_parameters() if name in names]
         others = [p for name, p in network.named_parameters() if name not in names]
         self.w = [q.detach().clone() for q in self.q]
-        self.centroids = [[torch.tensor(S * abs(w.max().item())), torch.tensor(S * abs(w.min().item()))] for w in self.w]
-        self.centroids = [[c.to(w.device) for c in pair] for pair, w in zip(self.centroids, self.w)]
+        self.centroids = [[S * w.max().abs(), S * w.min().abs()] for w in self.w]
         self.assignment = [torch.zeros_like(w) for w in self.w]
         self.largest = max(w.numel() for w in self.w)
         flat = [c for pair in self.centroids for c in pair]
@@ -172,9 +171,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the quantizer, as --compile does in the sweep")
     args = parser.parse_args()
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
-    rows = [
-        compare(name, device, args.batch_size, args.rounds, args.compile) for device in devices for name in args.networks
-    ]
+    settings = args.batch_size, args.rounds, args.compile
+    rows = [compare(name, device, *settings) for device in devices for name in args.networks]
     headers = [
         *("milliseconds a step", "weights", "plain", "EC2T", "literal", "EC2T - plain", "quantizer", "fused Adam"),
         *("literal / ours", "ours / Adam", "floats a weight"),

@@ -80,7 +80,7 @@ def parser() -> Parser:
         metavar="I/N",
         help="run every N-th pair from the I-th on: N machines share a sweep, each table shows what all have finished",
     )
-    sweep.add_argument("--do-prune", action="store_true", help="prune instead of ternarizing; ternary layers stay fixed")
+    sweep.add_argument("--do-prune", action="store_true", help="prune instead; ternary layers stay fixed")
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=nonnegative_int, default=20, help="epochs of ternarization")
@@ -101,5 +101,5 @@ def parser() -> Parser:
     )
     add_machine_arguments(parser)
     runs = add_run_arguments(parser, "model_quantization/saved_models")
-    runs.add_argument("--plot-ternarization", action="store_true", help="draw every pair's clusters, accuracy and zeros")
+    runs.add_argument("--plot-ternarization", action="store_true", help="draw each pair's clusters, accuracy, zeros")
     return parser

@@ -31,7 +31,7 @@ def parser() -> Parser:
     network = add_model_arguments(
         parser, "--t-model", f"the checkpoint or packed file to score: a path, or a file name in {T_MODELS}", own=True
     )
-    network.add_argument("--before", metavar="NAME", help="full-precision checkpoint to show beside it, counted at 32 bit")
+    network.add_argument("--before", metavar="NAME", help="full-precision checkpoint to show beside it, at 32 bit")
 
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--accounting", choices=RULERS, default="challenge", help="the ruler of the detailed listing")
@@ -60,7 +60,7 @@ def parser() -> Parser:
     evaluation.add_argument("--val-batch-size", type=positive_int, default=256, help="validation images a step")
 
     export = parser.add_argument_group("export")
-    export.add_argument("--save", action="store_true", help=f"write each ternary layer as bit masks into {SAVED_LAYERS}")
+    export.add_argument("--save", action="store_true", help=f"write each ternary layer as masks into {SAVED_LAYERS}")
     export.add_argument("--pt-sparse", action="store_true", help="write them as sparse COO tensors instead")
     export.add_argument("--pack", metavar="FILE", help="write the network as a small .safetensors file")
     export.add_argument("--unpack", metavar="FILE", help="write the network as a .pt checkpoint")
