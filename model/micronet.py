@@ -36,7 +36,7 @@ MAX_MULTIPLIER = 32.0  # far above all published networks; 14 typed for 1.4 give
 
 def scale_depth(blocks: int, multiplier: float) -> int:
     """Number of blocks of a stage after depth scaling: rounded up (EfficientNet, arXiv:1905.11946), at least 1."""
-    return max(1, math.ceil(round(blocks * multiplier, 9)))  # 9 digits: 1.1 * 10 blocks are 11, not 12
+    return max(1, math.ceil(round(blocks * multiplier, 9)))  # 9 digits: 7 * sqrt(2)^2 are 14, not 15
 
 
 def scale_width(channels: int, multiplier: float) -> int:

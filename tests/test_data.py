@@ -374,6 +374,14 @@ def test_odd_photographs_are_read(workers, make_folders):
         assert images.shape == (number, 3, 16, 16) and torch.isfinite(images).all()
 
 
+def test_every_photograph_gets_its_own_draws(make_folders):
+    path = make_folders(number=4, size=PHOTO)
+    for file in path.rglob("*.png"):
+        random_image(PHOTO).save(file)  # the same in all files
+    images = torch.cat([images for images, _ in load(path, image_size=8).train_batches(0)])
+    assert len(images.unique(dim=0)) == 8
+
+
 def test_the_number_of_workers_changes_nothing(make_folders):
     path = make_folders(classes=CLASSES, number=1, size=PHOTO, suffix="jpg")
     epochs = [drawn(load(path, "ImageNet", image_size=8, workers=workers), 7) for workers in (0, 1, 2)]

