@@ -132,6 +132,9 @@ def find(name: str, folder: Path) -> Path:
 
 def read(path: Path) -> dict:
     """Read a torch file without executing anything in it; UserError where it is not one, or damaged."""
+    if path.suffix == ".safetensors":
+        unpacking = f"run_scoring.py --t-model {path} --unpack FILE.pt"
+        raise UserError(f"{path}: is a packed file; make a checkpoint of it with {unpacking}")
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd pickles; what matters becomes an error
             content = torch.load(path, map_location="cpu", weights_only=True)

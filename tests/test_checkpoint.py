@@ -231,6 +231,12 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_packed_file_names_the_way_to_a_checkpoint(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.touch()
+    assert f"run_scoring.py --t-model {path} --unpack FILE.pt" in refusal(read_network, path)
+
+
 def test_odd_pickles_cause_no_warning(tmp_path, recwarn):
     (tmp_path / "x.pt").write_bytes(pickle.dumps({"a": 1}, protocol=5))
     refusal(read, tmp_path / "x.pt")
@@ -375,13 +381,14 @@ def test_a_missing_name_lists_the_folder(tmp_path):
     for name in ("notes.txt", "b.th", "a.pt", ".gitkeep"):
         (tmp_path / name).touch()
     (tmp_path / "runs").mkdir()
-    message = refusal(find, "x.pt", tmp_path)
-    assert message == f"no file 'x.pt', neither as a path nor in {tmp_path} ({tmp_path} holds a.pt, b.th, notes.txt, runs/)"
+    listing = f"{tmp_path} holds a.pt, b.th, notes.txt, runs/"
+    assert refusal(find, "x.pt", tmp_path) == f"no file 'x.pt', neither as a path nor in {tmp_path} ({listing})"
 
 
 def test_a_missing_path_lists_the_folder_it_names(tmp_path):
     (tmp_path / "a.pt").touch()
-    assert refusal(find, f"{tmp_path}/x.pt", tmp_path / "models") == f"no file '{tmp_path}/x.pt' ({tmp_path} holds a.pt)"
+    path = f"{tmp_path}/x.pt"
+    assert refusal(find, path, tmp_path / "models") == f"no file '{path}' ({tmp_path} holds a.pt)"
     assert "(there is no folder nowhere)" in refusal(find, "nowhere/x.pt", tmp_path)
 
 

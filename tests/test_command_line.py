@@ -1,4 +1,4 @@
-"""The three command lines: every bad one ends with exit code 2 and one line that helps, before anything is trained."""
+"""The three command lines: a bad one ends with exit code 2 and one line that helps, before anything is trained."""
 
 import os
 import re
@@ -76,8 +76,8 @@ def files(tmp_path, make_folders) -> Path:
 
 
 SCALING = "run_compound_scaling.py --no-cuda --save-dir {0}/runs --dataset folder --data-path {0}/pets "
-QUANTIZATION = "run_quantization.py --no-cuda --save-dir {0}/runs --data-path {0}/pets "
-SCORING = "run_scoring.py --no-cuda "
+QUANTIZATION = "run_quantization.py --no-cuda --save-dir {0}/runs --data-path {0}/pets --model-dict {0}/tiny.pt "
+SCORING = "run_scoring.py --no-cuda --t-model {0}/tiny.pt "
 TINY_FLAGS = "holds --model cifar_micronet --dw-multps 0.1 0.5 --phi 1, but the flags ask for "
 
 # A command and what its line must say; {0} is the folder of the fixture `files`.
@@ -100,23 +100,24 @@ BAD_COMMANDS = [
     (SCALING + "--lr inf", "argument --lr: 'inf' is not a number above 0"),
     (SCALING + "--seed -1", "argument --seed: '-1' is not a whole number of 0 or more"),
     (SCALING + "--workers -1", "argument --workers: '-1' is not"),
-    (QUANTIZATION + "--model-dict {0}/tiny.pt --batch-size 0", "argument --batch-size: '0' is not"),
-    (QUANTIZATION + "--model-dict {0}/tiny.pt --ini-c-divrs 0", "argument --ini-c-divrs: '0' is not"),
-    (QUANTIZATION + "--model-dict {0}/tiny.pt --lambda-max-divrs 1", "argument --lambda-max-divrs: '1' is not"),
-    (QUANTIZATION + "--model-dict {0}/tiny.pt --shard 3/2", "argument --shard: '3/2' is not"),
-    (SCORING + "--t-model {0}/tiny.pt --mul-bits 0", "argument --mul-bits: '0' is not"),
-    (SCORING + "--t-model {0}/tiny.pt --dw-multps 0 1", "argument --dw-multps: '0' is not a number above 0"),
-    (SCORING + "--t-model {0}/tiny.pt --dw-multps 1", "argument --dw-multps: expected 2 arguments"),
-    (SCORING + "--t-model {0}/tiny.pt --prune-threshold 1.1", "argument --prune-threshold: '1.1' is not"),
+    (QUANTIZATION + "--batch-size 0", "argument --batch-size: '0' is not"),
+    (QUANTIZATION + "--ini-c-divrs 0", "argument --ini-c-divrs: '0' is not"),
+    (QUANTIZATION + "--lambda-max-divrs 1", "argument --lambda-max-divrs: '1' is not"),
+    (QUANTIZATION + "--shard 3/2", "argument --shard: '3/2' is not"),
+    (SCORING + "--mul-bits 0", "argument --mul-bits: '0' is not"),
+    (SCORING + "--dw-multps 0 1", "argument --dw-multps: '0' is not a number above 0"),
+    (SCORING + "--dw-multps 1", "argument --dw-multps: expected 2 arguments"),
+    (SCORING + "--prune-threshold 1.1", "argument --prune-threshold: '1.1' is not"),
     # names
     (SCALING + "--dataset cifar100", "argument --dataset: invalid choice: 'cifar100' (choose from"),
     (SCALING + "--grids 1 1", "unrecognized arguments: --grids 1 1"),
     (SCALING + "--epoch 1", "unrecognized arguments: --epoch 1"),
     (SCALING + "--resume x --no-resume", "argument --no-resume: not allowed with argument --resume"),
-    (QUANTIZATION, "the following arguments are required: --model-dict"),
-    (QUANTIZATION + "--model-dict {0}/tiny.pt --model resnet50", "argument --model: unknown model 'resnet50' (choose"),
-    (SCORING + "--t-model {0}/tiny.pt --model resnet50", "argument --model: unknown model 'resnet50' (choose"),
-    (SCORING + "--t-model {0}/tiny.pt --accounting mine", "argument --accounting: invalid choice: 'mine'"),
+    ("run_quantization.py --dataset digits", "the following arguments are required: --model-dict"),
+    ("run_scoring.py", "the following arguments are required: --t-model"),
+    (QUANTIZATION + "--model resnet50", "argument --model: unknown model 'resnet50' (choose"),
+    (SCORING + "--model resnet50", "argument --model: unknown model 'resnet50' (choose"),
+    (SCORING + "--accounting mine", "argument --accounting: invalid choice: 'mine'"),
     # images
     (SCALING + "--data-path {0}/nowhere", "{0}/nowhere: no such folder for --dataset folder"),
     (SCALING + "--data-path {0}/empty", "{0}/empty: no class folders for --dataset folder"),
@@ -125,20 +126,20 @@ BAD_COMMANDS = [
     (SCALING + "--data-path {0}/halves", "{0}/halves/train: holds no class folders"),
     (SCALING + "--data-path {0}/unequal", "cow is missing in {0}/unequal/train"),
     (SCALING + "--data-path {0}/broken", "{0}/broken/train/dog/1.png: does not decode as an image"),
-    (QUANTIZATION + "--model-dict {0}/tiny.pt --data-path {0}/unequal", "cow is missing in {0}/unequal/train"),
-    (QUANTIZATION + "--model-dict {0}/tiny.pt --data-path {0}/three", "tells 2 classes apart, but folder in {0}/three has 3"),
-    (QUANTIZATION + "--model-dict {0}/tiny.pt --dataset digits", "tells 2 classes apart, but digits in "),
-    (SCORING + "--t-model {0}/tiny.pt --eval --data-path {0}/three", "tells 2 classes apart, but folder in "),
+    (QUANTIZATION + "--data-path {0}/unequal", "cow is missing in {0}/unequal/train"),
+    (QUANTIZATION + "--data-path {0}/three", "tells 2 classes apart, but folder in {0}/three has 3"),
+    (QUANTIZATION + "--dataset digits", "tells 2 classes apart, but digits in "),
+    (SCORING + "--eval --data-path {0}/three", "tells 2 classes apart, but folder in "),
     # checkpoints
     (QUANTIZATION + "--model-dict nowhere.th", "no file 'nowhere.th', neither as a path nor in model_quantization/"),
-    (QUANTIZATION + "--model-dict {0}/pets", "'{0}/pets' is a folder; pass a file in it ({0}/pets holds test/, train/)"),
-    (SCORING + "--t-model {0}/nowhere.pt", "no file '{0}/nowhere.pt' ({0} holds foreign.pt, notes.pt, tiny.pt, trunc"),
-    (SCORING + "--t-model {0}/truncated.pt", "{0}/truncated.pt: is truncated or damaged; pass another file ({0} holds "),
+    (QUANTIZATION + "--model-dict {0}/pets", "'{0}/pets' is a folder; pass a file in it ({0}/pets holds test/, "),
+    (SCORING + "--t-model {0}/nowhere.pt", "no file '{0}/nowhere.pt' ({0} holds foreign.pt, notes.pt, tiny.pt"),
+    (SCORING + "--t-model {0}/truncated.pt", "{0}/truncated.pt: is truncated or damaged; pass another file ({0} "),
     (SCORING + "--t-model {0}/notes.pt", "{0}/notes.pt: is not a PyTorch checkpoint; pass another file ({0} holds "),
-    (SCORING + "--t-model {0}/foreign.pt", "{0}/foreign.pt: the tensors fit none of the known networks (cifar_micronet"),
-    (SCORING + "--t-model {0}/tiny.pt --model resnet20", TINY_FLAGS + "--model resnet20"),
-    (QUANTIZATION + "--model-dict {0}/tiny.pt --dw-multps 0.1 2 --phi 1", TINY_FLAGS + "--model cifar_micronet --dw-"),
-    (SCORING + "--t-model {0}/tiny.pt --dw-multps 14 12", "a depth multiplier of 14^3.5 = 1.03e+04 makes no usable network"),
+    (SCORING + "--t-model {0}/foreign.pt", "{0}/foreign.pt: the tensors fit none of the known networks (cifar_"),
+    (SCORING + "--model resnet20", TINY_FLAGS + "--model resnet20"),
+    (QUANTIZATION + "--dw-multps 0.1 2 --phi 1", TINY_FLAGS + "--model cifar_micronet --dw-"),
+    (SCORING + "--dw-multps 14 12", "a depth multiplier of 14^3.5 = 1.03e+04 makes no usable"),
     # where results go
     (SCALING + "--epochs 1 --grid 1 1 --phi 1 --save-dir {0}/tiny.pt", "can't be written (Not a directory)"),
     (SCALING + "--resume {0}/nowhere/last.pt", "{0}/nowhere/last.pt: can't be read (No such file or directory)"),
@@ -157,7 +158,7 @@ def test_bad_command_lines_end_with_one_line(command, said, files, monkeypatch, 
 
 
 def test_a_program_of_its_own_process_ends_the_same(files):
-    code, output, error = run_apart(SCORING + f"--t-model {files}/truncated.pt")
+    code, output, error = run_apart((SCORING + "--t-model {0}/truncated.pt").format(files))
     assert (code, output) == (2, "")
     assert error.startswith(f"run_scoring.py: error: {files}/truncated.pt: is truncated") and error.count("\n") == 1
 
@@ -180,10 +181,10 @@ def test_help_shows_defaults_and_ends_with_an_example_that_works(program):
 
 
 def test_a_command_line_is_parsed_without_loading_torch():
-    parsers = "; ".join(f"import {package}.arguments as a; a.parser()" for package in
-                        ("model_compound_scaling", "model_quantization", "model_scoring"))
-    code, output, error = run_apart(f'-c "import sys; {parsers}; print(set(sys.modules) & {{\'torch\', \'numpy\'}})"')
-    assert (code, output, error) == (0, "set()\n", "")
+    packages = ("model_compound_scaling", "model_quantization", "model_scoring")
+    parsers = "; ".join(f"import {package}.arguments as arguments; arguments.parser()" for package in packages)
+    program = f"import sys; {parsers}; print({{'torch', 'numpy'}} & set(sys.modules))"
+    assert run_apart(f"-c {shlex.quote(program)}") == (0, "set()\n", "")
 
 
 COMMANDS_OF_2019 = """\
@@ -227,7 +228,7 @@ def test_defaults_of_2019():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_cpu_is_taken_and_named(files, monkeypatch, capsys):
-    command = f"{SCORING} --cuda --t-model {files}/tiny.pt --eval --data-path {files}/pets".format(files)
+    command = (SCORING + "--cuda --eval --data-path {0}/pets").format(files)
     assert run_here(command, monkeypatch) == 0
     assert "Running on the CPU (no GPU found)\n" in capsys.readouterr().out
 
@@ -283,8 +284,8 @@ def test_ctrl_c_in_training_leaves_a_resumable_run(data, make_folders, tmp_path)
     size, suffix = ((8, 8), "png") if data == "small" else ((80, 70), "jpg")
     path = make_folders(number=4, size=size, suffix=suffix)
     command = (
-        f"run_compound_scaling.py --no-cuda --dataset folder --data-path {path} --image-size 8 --grid 0.1 0.3 --phi 1 "
-        f"--epochs 5000 --batch-size 4 --workers 2 --save-dir {tmp_path}/runs"
+        f"run_compound_scaling.py --no-cuda --dataset folder --data-path {path} --image-size 8 --grid 0.1 0.3 "
+        f"--phi 1 --epochs 5000 --batch-size 4 --workers 2 --save-dir {tmp_path}/runs"
     )
     process = start(command, start_new_session=True)  # Ctrl-C reaches the whole group, workers too
     try:

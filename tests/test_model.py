@@ -104,12 +104,16 @@ def test_number_of_classes(name, classes):
     assert shapes({"name": name, "num_classes": 7})["linear.bias"] == (7,)
 
 
-@pytest.mark.parametrize("blocks, multiplier, scaled", [(7, 1, 7), (7, 3.2468, 23), (7, 2**0.5 * 2**0.5, 14), (3, 1e-12, 1)])
+@pytest.mark.parametrize(
+    "blocks, multiplier, scaled", [(7, 1, 7), (7, 3.2468, 23), (7, 2**0.5 * 2**0.5, 14), (3, 1e-12, 1)]
+)
 def test_depth_is_rounded_up(blocks, multiplier, scaled):
     assert scale_depth(blocks, multiplier) == scaled
 
 
-@pytest.mark.parametrize("channels, multiplier, scaled", [(16, 1, 16), (16, 0.1, 8), (64, 1.8929, 120), (12, 1, 16)])
+@pytest.mark.parametrize(
+    "channels, multiplier, scaled", [(16, 1, 16), (16, 0.1, 8), (64, 1.8929, 120), (12, 1, 16)]
+)
 def test_width_is_a_multiple_of_8(channels, multiplier, scaled):
     assert scale_width(channels, multiplier) == scaled
 
