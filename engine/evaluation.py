@@ -1,5 +1,6 @@
 """How often a network is right."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,10 @@ from torch import nn
 from engine.data import Data
 from engine.device import Machine
 from engine.report import progress
+
+
+class Diverged(Exception):
+    """The loss became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,10 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, data: Data, machine: Machine) -> Evaluation:
-    """Evaluate `network`, in evaluation mode, on every validation image once."""
+    """Evaluate `network`, in evaluation mode, on every validation image once.
+
+    Raises Diverged if the loss is NaN or infinite.
+    """
     network.eval()
     loss = torch.zeros((), dtype=torch.float64, device=machine.device)
     correct = torch.zeros((), dtype=torch.int64, device=machine.device)
@@ -36,4 +44,7 @@ def evaluate(network: nn.Module, data: Data, machine: Machine) -> Evaluation:
             logits = network(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
-    return Evaluation(loss.item() / data.num_val_images, correct.item(), data.num_val_images)
+    mean = loss.item() / data.num_val_images
+    if not math.isfinite(mean):
+        raise Diverged(f"the validation loss became {mean}")
+    return Evaluation(mean, correct.item(), data.num_val_images)

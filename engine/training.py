@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.data import Data
 from engine.device import Machine
+from engine.evaluation import Diverged
 from engine.report import progress
 
 STEPS_BETWEEN_LOOKS = 50  # steps between two looks at the loss: each look waits for the device
@@ -21,10 +22,6 @@ class Stepper(Protocol):
     def zero_grad(self) -> None: ...
 
     def step(self) -> object: ...
-
-
-class Diverged(Exception):
-    """The training loss became NaN or infinite."""
 
 
 def derived_seed(seed: int, *position: int) -> int:

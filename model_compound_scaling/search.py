@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import UserError
-from engine.checkpoint import copy
+from engine.checkpoint import copy, scaled
 from engine.data import Data, ImagesOnDisk, load_data
 from engine.device import Machine, choose_machine
 from engine.report import count, say, table
@@ -25,6 +25,8 @@ def run(args: Namespace) -> int:
     """Train every grid point, print the comparison, copy the best network to `best_model.pt`."""
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
+    points = list(zip(args.grid[::2], args.grid[1::2]))
+    multipliers = [scaled(d, w, args.phi) for d, w in points]
     machine = choose_machine(args.cuda, args.amp, args.compile)
     data = load_data(
         args.dataset or "CIFAR100",
@@ -36,12 +38,14 @@ def run(args: Namespace) -> int:
         workers=args.workers,
     )
     save_dir = Path(args.save_dir)
-    points = list(zip(args.grid[::2], args.grid[1::2]))
     runs = [point_run(save_dir, d, w, data, args) for d, w in points]
     if args.resume:
         resume_from(Path(args.resume), runs)
 
-    results = [train_point(d, w, data, machine, args, point) for (d, w), point in zip(points, runs)]
+    results = []
+    for (d, w), depth_width, point in zip(points, multipliers, runs):
+        say(f"\nGrid point d {d:g}, w {w:g}, phi {args.phi:g}  ({point.folder})")
+        results.append({"d": d, "w": w} | train_point(depth_width, data, machine, args, point))
     say("\n" + comparison(results))
     best = max(range(len(points)), key=lambda i: results[i]["accuracy"])
     best_file = runs[best].folder / "best.pt"
@@ -55,22 +59,22 @@ def run(args: Namespace) -> int:
 
 def point_run(save_dir: Path, d: float, w: float, data: Data, args: Namespace) -> Run:
     """The run of grid point (d, w): its label and every argument that shapes its result."""
-    arguments = {"dataset": data.name, "image_size": data.image_size, "d": d, "w": w, "phi": args.phi}
+    arguments = {"dataset": data.name, "data": data.digest, "image_size": data.image_size}
+    arguments |= {"d": d, "w": w, "phi": args.phi}
     arguments |= {name: getattr(args, name) for name in RESULT_ARGUMENTS}
     return Run(save_dir, f"{data.name}_d{d:g}_w{w:g}_phi{args.phi:g}", arguments)
 
 
-def train_point(d: float, w: float, data: Data, machine: Machine, args: Namespace, run: Run) -> dict:
-    """Train grid point (d, w), or continue or skip it, and return its row of the comparison."""
+def train_point(multipliers: dict, data: Data, machine: Machine, args: Namespace, run: Run) -> dict:
+    """Train MicroNet at `depth` and `width`, or continue or skip it; return its row of the comparison."""
     name = "imagenet_micronet" if isinstance(data, ImagesOnDisk) else "cifar_micronet"
-    spec = {"name": name, "depth": d**args.phi, "width": w**args.phi, "num_classes": len(data.classes)}
-    say(f"\nGrid point d {d:g}, w {w:g}, phi {args.phi:g}  ({run.folder})")
+    spec = {"name": name, **multipliers, "num_classes": len(data.classes)}
     if run.result and not args.no_resume:
         say(f"  finished before with {run.result['accuracy']:.2f}%")
         return run.result
     torch.manual_seed(derived_seed(args.seed, 0, 0))
     network = build(spec)
-    row = {"d": d, "w": w, **size(network, data.image_size), "spec": spec}
+    row = {**size(network, data.image_size), "spec": spec}
     say(f"  {row['blocks']} blocks of {row['channels']} channels, {row['params']:,} parameters")
     run.open(resume=not args.no_resume)
     start = time.monotonic()

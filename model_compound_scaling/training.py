@@ -30,7 +30,11 @@ def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Na
     """
     network = machine.place(network)
     optimizer = torch.optim.SGD(
-        network.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True
+        network.parameters(),
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        nesterov=args.momentum > 0,
     )
     scheduler = schedule(optimizer, data, args.epochs)
     for _ in range(args.start_epoch):
@@ -50,11 +54,11 @@ def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Na
             loss = train_epoch(
                 runner, optimizer, data, machine, derived_seed(args.seed, epoch), f"epoch {epoch + 1}/{args.epochs}"
             )
+            validation = evaluate(network, data, machine)
         except Diverged as error:
             say(f"  stopped: {error}; try a smaller --lr than {args.lr:g}")
             return {**best, "diverged": str(error)}
         scheduler.step()
-        validation = evaluate(network, data, machine)
         record = {
             "epoch": epoch + 1,
             "lr": lr,

@@ -48,6 +48,9 @@ def run(args: Namespace) -> int:
     task = task_of(data.name)
     finished = [run for run in runs if run.result]
     results = [run.result for run in finished]
+    if not results:
+        say(f"\nShard {shard}/{shards} has no pair of this grid, and none is finished yet")
+        return 0
     best = select(results, args.select, task)
     say("\n" + comparison(results, best))
     best_path, stem = save_dir / "Ternary_best_acc.pt", save_dir / path.stem
@@ -93,7 +96,7 @@ def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -
 def point_run(save_dir: Path, s: float, g: float, checkpoint: Checkpoint, data: Data, args: Namespace) -> Run:
     """The run of grid point (s, g): its label and every argument that shapes its result."""
     arguments = {"model_dict": checkpoint.path.name, "sha256": hashlib.sha256(checkpoint.path.read_bytes()).hexdigest()}
-    arguments |= {"dataset": data.name, "image_size": data.image_size, "s": s, "g": g}
+    arguments |= {"dataset": data.name, "data": data.digest, "image_size": data.image_size, "s": s, "g": g}
     arguments |= {name: getattr(args, name) for name in RESULT_ARGUMENTS}
     return Run(save_dir, f"{checkpoint.path.stem}_s{s:g}_g{g:g}", arguments)
 

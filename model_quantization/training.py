@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from engine import UserError
 from engine.checkpoint import Checkpoint, network_content, read, save
 from engine.data import Data
 from engine.device import Machine
@@ -66,6 +67,8 @@ class Point:
                 self._load_best()
                 self._train_phase(RETRAIN, 0)
         except Diverged as error:
+            if self.best is None:
+                raise UserError(f"{error} before any training; take another --model-dict") from None
             say(f"  stopped: {error}; try a smaller --lr than {self.args.lr:g}")
             return {**self.best, "diverged": str(error)}
         return self.best

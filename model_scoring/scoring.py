@@ -98,7 +98,7 @@ def own_network(builder: str) -> nn.Module:
     sys.path.insert(0, str(Path.cwd()))
     try:
         network = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--model {builder}: {error}; it must name a function without arguments") from None
     if not isinstance(network, nn.Module):
         raise UserError(f"--model {builder} built a {type(network).__name__}, not a torch.nn.Module")

@@ -82,6 +82,7 @@ TINY_FLAGS = "holds --model cifar_micronet --dw-multps 0.1 0.5 --phi 1, but the 
 
 # A command and what its line must say; {0} is the folder of the fixture `files`.
 BAD_COMMANDS = [
+    (SCALING + "--grid 1 1 14 12", "a depth multiplier of 14^3.5"),
     # numbers
     (SCALING + "--grid 1.4 1.2 1.5", "argument --grid: 3 numbers are no pairs of depth and width"),
     (SCALING + "--grid", "argument --grid: expected at least one argument"),
