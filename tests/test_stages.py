@@ -179,6 +179,12 @@ def test_pruning_leaves_ternary_layers_bit_identical(tmp_path):
             assert not torch.equal(state[name], weight)
 
 
+def test_pruning_a_network_without_dense_layers_is_refused(resnet, tmp_path):
+    quantize(resnet, tmp_path, *"--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
+    with pytest.raises(engine.UserError, match="all layers that --do-prune prunes are ternary"):
+        quantize(tmp_path / "Ternary_best_acc.pt", tmp_path, "--do-prune", "--ini-c-divrs", "0.3")
+
+
 def test_a_loss_that_becomes_nan_stops_the_point_and_keeps_the_last_good_network(tmp_path, capsys):
     with pytest.raises(engine.UserError, match="smaller --lr"):
         scale(tmp_path, "--grid", "0.14", "0.5", "--epochs", "2", "--lr", "1e30")
