@@ -38,7 +38,7 @@ class Point:
         choose = pruning_candidates if args.do_prune else ternary_candidates
         names = choose(self.network, self.spec["name"])
         if not names:
-            raise UserError(f"{checkpoint.path}: all layers that --do-prune prunes are ternary; take another --model-dict")
+            raise UserError(f"{checkpoint.path}: all layers that --do-prune prunes are ternary; leave it out")
         parameters = dict(self.network.named_parameters())
         if args.do_prune:  # layers that are ternary already neither move nor decay
             for name in ternary_candidates(self.network, self.spec["name"]):
