@@ -39,7 +39,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def parser() -> Parser:
-    """Build the parser; every default is that of the 2019 program."""
+    """Build the parser; defaults are those of the 2019 program, unless the checkpoint says otherwise."""
     parser = Parser(prog="run_quantization.py", description=DESCRIPTION, epilog=EPILOG)
     add_model_arguments(parser, "--model-dict", f"full-precision checkpoint: a path, or a file name in {FP_MODELS}")
 

@@ -1,7 +1,7 @@
 """One training step of EC2T, in the shape of an optimizer."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model_quantization.layers import TernaryLayers
 
@@ -43,6 +43,6 @@ class EC2TOptimizer:
     def state_dict(self) -> dict:
         return {"adam": self.adam.state_dict(), "layers": self.layers.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         self.adam.load_state_dict(state["adam"])
         self.layers.load_state_dict(state["layers"])

@@ -26,7 +26,7 @@ example: score and evaluate what stage 2 left in its folder, with 16 bit values 
 
 
 def parser() -> Parser:
-    """Build the parser; every default is that of the 2019 program."""
+    """Build the parser; defaults are those of the 2019 program, unless the checkpoint or the ruler says otherwise."""
     parser = Parser(prog="run_scoring.py", description=DESCRIPTION, epilog=EPILOG)
     network = add_model_arguments(
         parser, "--t-model", f"the checkpoint or packed file to score: a path, or a file name in {T_MODELS}", own=True
