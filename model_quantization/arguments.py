@@ -90,6 +90,12 @@ def parser() -> Parser:
     training.add_argument("--lr", type=positive_float, default=1e-4, help="Adam's learning rate")
     training.add_argument("--lr2", type=positive_float, default=1e-5, help="Adam's learning rate of the centroids")
     training.add_argument(
+        "--schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="keep both learning rates, or let them fall to 0 over each phase along a half cosine",
+    )
+    training.add_argument(
         "--weight-decay", type=nonnegative_float, default=5e-6, help="L2 penalty of the parameters that stay dense"
     )
     switch(training, "eval", False, "evaluate the full-precision network first")

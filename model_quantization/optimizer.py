@@ -29,6 +29,17 @@ class EC2TOptimizer:
         if layers.prune or not layers.frozen:
             groups.append({"params": [layers.weights]})
         self.adam = torch.optim.Adam(groups, lr=lr, fused=True)
+        self._initial_lr = [group["lr"] for group in self.adam.param_groups]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step, centroids aside."""
+        return self.adam.param_groups[0]["lr"]
+
+    def scale_learning_rates(self, factor: float) -> None:
+        """Set every learning rate to `factor` times its initial value."""
+        for group, lr in zip(self.adam.param_groups, self._initial_lr):
+            group["lr"] = factor * lr
 
     def zero_grad(self) -> None:
         for parameter in self.others:

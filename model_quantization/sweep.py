@@ -21,8 +21,8 @@ from model_quantization.plots import plot_layers, plot_sweep, plot_ternarization
 from model_quantization.training import Point
 
 RESULT_ARGUMENTS = (
-    *("epochs", "retrain_epochs", "batch_size", "lr", "lr2", "weight_decay", "lambda_sustain", "do_prune"),
-    *("seed", "amp", "compile"),
+    *("epochs", "retrain_epochs", "batch_size", "lr", "lr2", "schedule", "weight_decay", "lambda_sustain"),
+    *("do_prune", "seed", "amp", "compile"),
 )
 
 

@@ -1,5 +1,6 @@
 """One point of the sweep: ternarize, then retrain with the assignment frozen."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -90,6 +91,8 @@ class Point:
         elif phase == TERNARIZE:
             self._finish_epoch(phase, 0, None, optimizer)
         for epoch in range(first, epochs):
+            if self.args.schedule == "cosine":
+                optimizer.scale_learning_rates((1 + math.cos(math.pi * epoch / epochs)) / 2)
             seed = derived_seed(self.args.seed, 1 + phase, epoch)
             description = f"{PHASES[phase]} {epoch + 1}/{epochs}"
             loss = train_epoch(self.runner, optimizer, self.data, self.machine, seed, description)
@@ -102,6 +105,7 @@ class Point:
         record = {
             "phase": PHASES[phase],
             "epoch": epoch,
+            "lr": optimizer.lr,
             "train_loss": loss,
             "val_loss": validation.loss,
             "accuracy": validation.accuracy,

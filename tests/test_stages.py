@@ -96,10 +96,18 @@ def test_scaling_resumes_bit_identically(tmp_path, monkeypatch, whole_epochs):
     assert (tmp_path / "whole/best_model.pt").read_bytes() == (tmp_path / "parts/best_model.pt").read_bytes()
 
 
+def test_cosine_schedule_falls_to_nothing_in_each_phase(resnet, tmp_path):
+    arguments = "--epochs 3 --retrain-epochs 2 --lr 1e-3 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
+    quantize(resnet, tmp_path, *arguments, "--schedule", "cosine")
+    (run,) = runs(tmp_path)
+    rates = [record["lr"] for record in map(json.loads, (run / "log.jsonl").read_text().splitlines())]
+    assert rates == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3, 1e-3, 0.5e-3])  # before training, then each epoch
+
+
 @pytest.mark.parametrize(("whole_epochs", "prune"), [(0, False), (1, False), (2, False), (3, False), (2, True)])
 def test_quantization_resumes_bit_identically(resnet, tmp_path, monkeypatch, whole_epochs, prune):
     arguments = "--epochs 2 --retrain-epochs 2 --lr 1e-3 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
-    arguments += ["--do-prune"] * prune
+    arguments += ["--do-prune"] * prune + ["--schedule", "cosine"]
     quantize(resnet, tmp_path / "whole", *arguments)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, whole_epochs)
