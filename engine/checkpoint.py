@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine import DATASETS, UserError
+from engine import DATASETS, UserError, distributed
 from model import MICRONETS, MODELS, build
 from model.identify import expected_state_dict, mismatches, nearest
 from model.micronet import MAX_MULTIPLIER
@@ -58,7 +58,12 @@ def save(content: dict, path: Path) -> None:
 
 
 def write_whole(data: bytes | memoryview, path: Path) -> None:
-    """Write a file so that no moment leaves half of it: beside `path`, flushed, then renamed over it."""
+    """Write a file so that no moment leaves half of it: beside `path`, flushed, then renamed over it.
+
+    Of several processes, the first one alone writes.
+    """
+    if not distributed.is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

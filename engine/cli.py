@@ -134,13 +134,16 @@ def add_model_arguments(
     return group
 
 
-def add_machine_arguments(parser: Parser) -> argparse._ArgumentGroup:
-    """Add the arguments that say where and how a program computes."""
+def add_machine_arguments(parser: Parser, amp: str = "auto") -> argparse._ArgumentGroup:
+    """Add the arguments that say where and how a program computes; `amp` is the default of `--amp`."""
     group = parser.add_argument_group("machine")
     switch(group, "cuda", True, "use the GPUs that CUDA_VISIBLE_DEVICES names")
     group.add_argument("--workers", type=nonnegative_int, default=4, metavar="N", help="processes that decode images")
     group.add_argument(
-        "--amp", choices=("off", "bf16"), default="off", help="convolutions in 32 bit, or mixed with bfloat16"
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default=amp,
+        help="mixed precision: bfloat16 or float16, what the hardware is fastest in, or 32 bit throughout",
     )
     switch(group, "compile", False, "compile the network with torch.compile: slow start, faster steps")
     return group

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
-from engine import UserError
+from engine import UserError, distributed
 from engine.augment import Augmentation, normalise
+from engine.packed_images import cached, packed_files, read_packed
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Transform = Callable[[Image.Image], Tensor]
@@ -58,7 +59,7 @@ class ImagesInMemory:
 
     @property
     def num_val_batches(self) -> int:
-        return -(-len(self.val[1]) // self.val_batch_size)
+        return -(-len(distributed.share(self.val[1])) // self.val_batch_size)
 
     @property
     def num_val_images(self) -> int:
@@ -73,16 +74,23 @@ class ImagesInMemory:
         return sha.hexdigest()
 
     def train_batches(self, seed: int) -> Batches:
-        """Every image once, shuffled and augmented by `seed` alone; an incomplete last batch is left out."""
+        """Every image once, shuffled and augmented by `seed` alone; an incomplete last batch is left out.
+
+        Several processes share each batch; their order is the same, their augmentation draws are not.
+        """
         images, labels = self.train
         generator = torch.Generator(images.device).manual_seed(seed)
         order = torch.randperm(len(labels), device=images.device, generator=generator)
-        for indices in order.split(self.batch_size)[: self.num_train_batches]:
+        if distributed.rank():
+            generator.manual_seed(seed + distributed.rank())
+        for batch in order.split(self.batch_size)[: self.num_train_batches]:
+            indices = distributed.share(batch)
             yield self.augmentation(images[indices], generator), labels[indices]
 
     def val_batches(self) -> Batches:
-        """Every validation image once, in order, normalised."""
-        for images, labels in zip(self.val[0].split(self.val_batch_size), self.val[1].split(self.val_batch_size)):
+        """Every validation image once, in order, normalised; several processes share them."""
+        val = zip(*(distributed.share(tensor).split(self.val_batch_size) for tensor in self.val))
+        for images, labels in val:
             yield normalise(images), labels
 
 
@@ -129,7 +137,7 @@ class ImagesOnDisk:
 
     @property
     def num_val_batches(self) -> int:
-        return -(-len(self.val) // self.val_batch_size)
+        return -(-len(distributed.share(range(len(self.val)))) // self.val_batch_size)
 
     @property
     def num_val_images(self) -> int:
@@ -143,28 +151,34 @@ class ImagesOnDisk:
         return hashlib.sha256("\n".join(os.path.relpath(file, root) for file in files).encode()).hexdigest()
 
     def train_batches(self, seed: int) -> Batches:
-        """Every image once, shuffled and augmented by `seed` alone; an incomplete last batch is left out."""
-        whole = len(self.train) >= self.batch_size
-        images = replace(self.train, seed=seed)
-        return self._on_device(self._loader(images, self.batch_size, seed, shuffle=True, drop_last=whole))
+        """Every image once, shuffled and augmented by `seed` alone; an incomplete last batch is left out.
+
+        Several processes share each batch.
+        """
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
+        starts = range(0, self.num_train_batches * self.batch_size, self.batch_size)
+        batches = [distributed.share(order[start : start + self.batch_size]) for start in starts]
+        return self._on_device(self._loader(replace(self.train, seed=seed), batches))
 
     def val_batches(self) -> Batches:
-        """Every validation image once, in order, normalised."""
-        return self._on_device(self._loader(self.val, self.val_batch_size))
+        """Every validation image once, in order, normalised; several processes share them."""
+        order = distributed.share(range(len(self.val)))
+        starts = range(0, len(order), self.val_batch_size)
+        return self._on_device(self._loader(self.val, [order[i : i + self.val_batch_size] for i in starts]))
 
-    def _loader(self, images: Photographs, batch_size: int, seed: int = 0, **options) -> DataLoader:
+    def _loader(self, images: Photographs, batches: list) -> DataLoader:
+        """A loader of the images whose indices are in `batches`."""
         return DataLoader(
             images,
-            batch_size,
+            batch_sampler=batches,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(seed),
-            **options,
+            generator=torch.Generator(),  # of the workers' seeds, which nothing uses: the global stream stays alone
         )
 
     def _on_device(self, loader: DataLoader) -> Batches:
         try:
-            with _without_ctrl_c():
+            with _signals_held():
                 batches = iter(loader)
             for images, labels in batches:
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -195,9 +209,14 @@ def load_data(
         bicubic: resize validation photographs bicubically, as EfficientNet's published accuracy assumes.
         train: read the training images too.
     """
+    if batch_size % distributed.world_size():
+        raise UserError(
+            f"--batch-size {batch_size} can't be shared evenly by {distributed.world_size()} processes; take a multiple"
+        )
     path = Path(path)
     folders = None if name == "digits" else _class_folders(path, with_train=train)
-    if folders is None and name in ("ImageNet", "folder"):
+    packed = None if folders or name in ("digits", "ImageNet") else packed_files(path, with_train=train)
+    if folders is packed is None and name in ("ImageNet", "folder"):
         looked_for = "train/ and val/ or test/" if train else "val/ or test/"
         raise UserError(
             f"{path}: {'no class folders' if path.is_dir() else 'no such folder'} for --dataset {name} (looked for "
@@ -216,6 +235,13 @@ def load_data(
             )
         size = size or _first_image_size(folders[1])
         train_split, val_split = (partial(_read_class_folders, split, size, max(workers, 1)) for split in folders)
+    elif packed:
+        contents = [read_packed(file) for file in packed]
+        classes = contents[1].classes
+        if contents[0].classes != classes:
+            raise UserError(f"{packed[0]} and {packed[1]} hold different classes; pack them from the same set")
+        size = size or contents[1].images.shape[1]
+        train_split, val_split = (partial(_at_size, split.images, split.labels, size) for split in contents)
     elif name == "digits":
         classes = [str(digit) for digit in range(10)]
         train_split, val_split = (partial(_read_digits, size, held_out) for held_out in (False, True))
@@ -303,8 +329,23 @@ def _open(path: str) -> Image.Image:
         raise UserError(f"{path}: does not decode as an image ({error}); mend or remove it") from None
 
 
+def _at_size(images: np.ndarray, labels: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
+    """uint8 images `[N, H, W, 3]` as `[N, 3, size, size]`."""
+    tensor = torch.from_numpy(images).movedim(3, 1)
+    if tensor.shape[-2:] != (size, size):
+        tensor = _resized(tensor.float(), size)
+    return tensor.contiguous(), torch.from_numpy(labels)
+
+
 def _read_class_folders(split: Path, size: int, threads: int) -> tuple[Tensor, Tensor]:
-    """Decode all images of small-image class folders to squares of `size` px."""
+    """All images of small-image class folders as squares of `size` px, decoded the first time only."""
+    files = _image_files(split)
+    images, labels = cached(split, size, files, lambda: _decode_all(files, size, threads))
+    return torch.from_numpy(images).movedim(3, 1).contiguous(), torch.from_numpy(labels)
+
+
+def _decode_all(files: list[tuple[str, int]], size: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image files as uint8 `[N, size, size, 3]`, and their labels."""
 
     def decode(file: tuple[str, int]) -> np.ndarray:
         image = _open(file[0])
@@ -312,10 +353,9 @@ def _read_class_folders(split: Path, size: int, threads: int) -> tuple[Tensor, T
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(image)
 
-    files = _image_files(split)
     with ThreadPoolExecutor(threads) as pool:
         images = np.stack(list(pool.map(decode, files)))
-    return torch.from_numpy(images).movedim(3, 1).contiguous(), torch.tensor([label for _, label in files])
+    return images, np.array([label for _, label in files])
 
 
 def _read_digits(size: int, held_out: bool) -> tuple[Tensor, Tensor]:
@@ -371,10 +411,20 @@ def _photograph_transforms(size: int, val_size: int, bicubic: bool) -> tuple[Tra
 
 
 @contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Hold Ctrl-C back: processes started in here never see it, this one sees it afterwards."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_held() -> Iterator[None]:
+    """Hold Ctrl-C and the like back: this process hears of them afterwards, those started in here ignore Ctrl-C.
+
+    An exception that a signal's handler raises in the middle of a fork would be lost.
+    """
+    held = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda *arguments: held.append(arguments))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for arguments in held[:1]:
+            handlers[arguments[0]](*arguments)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine import distributed
 from engine.data import Data
 from engine.device import Machine
 from engine.report import progress
@@ -32,7 +33,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, data: Data, machine: Machine) -> Evaluation:
-    """Evaluate `network`, in evaluation mode, on every validation image once.
+    """Evaluate `network`, in evaluation mode, on every validation image once; processes share them.
 
     Raises Diverged if the loss is NaN or infinite.
     """
@@ -44,6 +45,7 @@ def evaluate(network: nn.Module, data: Data, machine: Machine) -> Evaluation:
             logits = network(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
+    loss, correct = map(distributed.sum_over_processes, (loss, correct))
     mean = loss.item() / data.num_val_images
     if not math.isfinite(mean):
         raise Diverged(f"the validation loss became {mean}")

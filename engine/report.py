@@ -5,16 +5,20 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
+from engine import distributed
+
 
 def say(line: str = "") -> None:
-    """Print one line at once, also into a redirected log, and without breaking a progress bar."""
+    """Print one line at once, also into a redirected log, without breaking a progress bar; first process only."""
+    if not distributed.is_first():
+        return
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
 
 def progress(items: Iterable, description: str, total: int) -> tqdm:
     """Iterate with a progress bar on a terminal; silently where the console is redirected."""
-    silent = not (sys.stderr.isatty() and sys.stdout.isatty())
+    silent = not (distributed.is_first() and sys.stderr.isatty() and sys.stdout.isatty())
     return tqdm(items, desc=description, total=total, leave=False, disable=silent)
 
 

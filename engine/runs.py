@@ -13,7 +13,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from engine import UserError
+from engine import UserError, distributed
 from engine.checkpoint import read, save, write_whole
 
 
@@ -51,15 +51,17 @@ class Run:
     def open(self, resume: bool) -> None:
         """Make the folder; with `resume`, read the state that the last whole epoch left there."""
         write_text(self.folder / "arguments.json", json.dumps(self.arguments, indent=2) + "\n")
-        (self.folder / "result.json").unlink(missing_ok=True)
+        if distributed.is_first():
+            (self.folder / "result.json").unlink(missing_ok=True)
+            if not resume:
+                self.last.unlink(missing_ok=True)  # should this run be interrupted in its first epoch
+        distributed.wait_for_all()
         if resume and self.last.is_file():
             try:
                 content = _read_state(self.last)
             except UserError as error:
                 raise UserError(f"{error}; --no-resume starts this run afresh") from None
             self.state, self.history = content["state"], content["history"]
-        else:
-            self.last.unlink(missing_ok=True)  # should this run be interrupted in its first epoch
 
     def adopt(self, path: Path) -> bool:
         """Take over the state in `path`, another run's `last.pt`, if its arguments are this run's."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine import distributed
 from engine.data import Data
 from engine.device import Machine
 from engine.evaluation import Diverged
@@ -17,7 +18,9 @@ STEPS_BETWEEN_LOOKS = 50  # steps between two looks at the loss: each look waits
 
 
 class Stepper(Protocol):
-    """What an epoch needs of an optimizer."""
+    """What an epoch, and float16's gradient scaler, need of an optimizer."""
+
+    param_groups: list[dict]
 
     def zero_grad(self) -> None: ...
 
@@ -37,22 +40,25 @@ def train_epoch(
 ) -> float:
     """Train `network` on every image once and return the mean training loss (cross-entropy, nats).
 
-    Raises Diverged as soon as a look at the loss finds it NaN or infinite.
+    Raises Diverged as soon as a look at the loss finds it NaN or infinite, in all processes alike.
     """
     network.train()
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + distributed.rank())
+    scaler = machine.gradient_scaler()
     total = torch.zeros((), device=machine.device)
     bar = progress(data.train_batches(seed), description, data.num_train_batches)
     for step, (images, labels) in enumerate(bar, start=1):
         optimizer.zero_grad()
         with machine.autocast():
             loss = F.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         total += loss.detach()
         if step % STEPS_BETWEEN_LOOKS == 0 or step == data.num_train_batches:
-            mean = total.item() / step
+            mean = distributed.sum_over_processes(total / (step * distributed.world_size())).item()
             if not math.isfinite(mean):
                 raise Diverged(f"the training loss became {mean} within {step} steps of {description}")
             bar.set_postfix(loss=f"{mean:.3f}")
-    return total.item() / data.num_train_batches
+    distributed.average_buffers(network)
+    return mean

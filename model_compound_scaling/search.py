@@ -11,6 +11,7 @@ from engine import UserError
 from engine.checkpoint import copy, scaled
 from engine.data import Data, ImagesOnDisk, load_data
 from engine.device import Machine, choose_machine
+from engine.distributed import is_first
 from engine.report import count, say, table
 from engine.runs import Run, resume_from
 from engine.training import derived_seed
@@ -28,6 +29,7 @@ def run(args: Namespace) -> int:
     points = list(zip(args.grid[::2], args.grid[1::2]))
     multipliers = [scaled(d, w, args.phi) for d, w in points]
     machine = choose_machine(args.cuda, args.amp, args.compile)
+    args.amp = machine.amp
     data = load_data(
         args.dataset or "CIFAR100",
         args.data_path,
@@ -46,6 +48,8 @@ def run(args: Namespace) -> int:
     for (d, w), depth_width, point in zip(points, multipliers, runs):
         say(f"\nGrid point d {d:g}, w {w:g}, phi {args.phi:g}  ({point.folder})")
         results.append({"d": d, "w": w} | train_point(depth_width, data, machine, args, point))
+    if not is_first():
+        return 0
     say("\n" + comparison(results))
     best = max(range(len(points)), key=lambda i: results[i]["accuracy"])
     best_file = runs[best].folder / "best.pt"

@@ -35,6 +35,7 @@ def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Na
         momentum=args.momentum,
         weight_decay=args.weight_decay,
         nesterov=args.momentum > 0,
+        fused=True,
     )
     scheduler = schedule(optimizer, data, args.epochs)
     for _ in range(args.start_epoch):

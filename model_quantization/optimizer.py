@@ -29,6 +29,8 @@ class EC2TOptimizer:
         if layers.prune or not layers.frozen:
             groups.append({"params": [layers.weights]})
         self.adam = torch.optim.Adam(groups, lr=lr, fused=True)
+        # the parameters whose gradients backward leaves: a gradient scaler unscales them
+        self.param_groups = [{"params": [*others, *layers.parameters]}]
         self._initial_lr = [group["lr"] for group in self.adam.param_groups]
 
     @property

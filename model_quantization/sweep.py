@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.checkpoint import Checkpoint, find, read, read_network, save, wanted_spec
 from engine.data import Data, load_data
 from engine.device import Machine, choose_machine
+from engine.distributed import is_first
 from engine.evaluation import evaluate
 from engine.report import say, table
 from engine.rulers import published
@@ -31,6 +32,7 @@ def run(args: Namespace) -> int:
     path = find(args.model_dict, Path(FP_MODELS))
     checkpoint = read_network(path, wanted_spec(args.model, args.dw_multps, args.phi))
     machine = choose_machine(args.cuda, args.amp, args.compile)
+    args.amp = machine.amp
     data = checkpoint_data(checkpoint, args, machine)
     if args.eval:
         evaluation = evaluate(machine.place(checkpoint.network()), data, machine)
@@ -44,6 +46,8 @@ def run(args: Namespace) -> int:
     shard, shards = args.shard
     for (s, g), point in list(zip(grid, runs))[shard - 1 :: shards]:
         run_point(s, g, checkpoint, data, machine, args, point)
+    if not is_first():
+        return 0
 
     task = task_of(data.name)
     finished = [run for run in runs if run.result]
@@ -117,9 +121,11 @@ def run_point(
         run.open(resume=not args.no_resume)
         start = time.monotonic()
         best = Point(checkpoint, s, g, data, machine, args, run).train()
+        if not is_first():
+            return
         seconds = time.monotonic() - start
         run.finish({"s": s, "g": g, **best, **scored(run, best, data), "seconds": seconds})
-    if args.plot_ternarization:
+    if args.plot_ternarization and is_first():
         say(f"  plot: {plot_ternarization(read(best_file(run)), run)}")
 
 

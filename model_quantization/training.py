@@ -10,6 +10,7 @@ from engine import UserError
 from engine.checkpoint import Checkpoint, network_content, read, save
 from engine.data import Data
 from engine.device import Machine
+from engine.distributed import wait_for_all
 from engine.evaluation import evaluate
 from engine.report import say
 from engine.runs import Run
@@ -139,6 +140,7 @@ class Point:
 
     def _load_best(self) -> None:
         """Load the best epoch's network, assignments and centroids of the first phase."""
+        wait_for_all()
         content = read(self.best_file(PHASES[TERNARIZE]))
         self.network.load_state_dict(content["state_dict"])
         self.layers.load_state_dict(content["layers"])

@@ -70,5 +70,5 @@ def parser() -> Parser:
         dataset="the checkpoint's, else ImageNet for 1000 classes, CIFAR10 for 10, CIFAR100",
         image_size="the checkpoint's, else 32; for ImageNet networks 200 (MicroNet) or their own",
     )
-    add_machine_arguments(parser)
+    add_machine_arguments(parser, amp="off")
     return parser

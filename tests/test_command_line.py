@@ -231,7 +231,7 @@ def test_defaults_of_2019():
 def test_without_a_gpu_the_cpu_is_taken_and_named(files, monkeypatch, capsys):
     command = (SCORING + "--cuda --eval --data-path {0}/pets").format(files)
     assert run_here(command, monkeypatch) == 0
-    assert "Running on the CPU (no GPU found)\n" in capsys.readouterr().out
+    assert "Running on the CPU (no GPU found), 32 bit\n" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------- how programs end

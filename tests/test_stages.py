@@ -18,7 +18,7 @@ from model_quantization.arguments import parser as quantization_parser
 from model_scoring.arguments import parser as scoring_parser
 from model_scoring.layers import load_layer
 
-DIGITS = "--dataset digits --image-size 8 --batch-size 479 --no-cuda".split()  # three steps an epoch
+DIGITS = "--dataset digits --image-size 8 --batch-size 479 --no-cuda --amp off".split()  # three steps an epoch
 FILES = ("last.pt", "log.jsonl", "arguments.json")
 
 
@@ -102,6 +102,20 @@ def test_cosine_schedule_falls_to_nothing_in_each_phase(resnet, tmp_path):
     (run,) = runs(tmp_path)
     rates = [record["lr"] for record in map(json.loads, (run / "log.jsonl").read_text().splitlines())]
     assert rates == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3, 1e-3, 0.5e-3])  # before training, then each epoch
+
+
+@pytest.mark.parametrize("amp", ["auto", "bf16", "fp16"])
+def test_mixed_precision_trains_and_the_run_says_which(resnet, tmp_path, amp):
+    arguments = "--epochs 1 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0".split()
+    quantize(resnet, tmp_path / "off", *arguments)
+    quantize(resnet, tmp_path / amp, *arguments, "--amp", amp)
+    (reference,), (run,) = runs(tmp_path / "off"), runs(tmp_path / amp)
+    used = json.loads((run / "arguments.json").read_text())["amp"]
+    assert used == amp or amp == "auto" and used in ("bf16", "off")
+    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (reference, run)]
+    losses = [json.loads(log[1])["train_loss"] for log in logs]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert (losses[1] == losses[0]) == (used == "off")
 
 
 @pytest.mark.parametrize(("whole_epochs", "prune"), [(0, False), (1, False), (2, False), (3, False), (2, True)])

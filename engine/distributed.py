@@ -1,0 +1,74 @@
+"""Several processes that train one network, as `torchrun` starts them; all of it does nothing in a single process.
+
+Every process computes on its own device with its share of each batch. All share one file system: the first
+process (rank 0) writes and prints, the others only read.
+"""
+
+import atexit
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine import UserError
+
+PATIENCE = datetime.timedelta(hours=2)  # one process scores and plots while the others wait
+
+
+def world_size() -> int:
+    """How many processes there are, as `torchrun` says in the environment; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """This process's number; 0 in a single process."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def join(cuda: bool) -> torch.device:
+    """Join the other processes; return this one's device: the GPU with its local rank, or the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"{local + 1} or more processes on a machine with {torch.cuda.device_count()} GPU(s): "
+                f"start one process a GPU with --nproc_per_node, or pass --no-cuda"
+            )
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here: what the first one wrote before is then there for all."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """`tensor` summed over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share(items):
+    """This process's part of a sequence or tensor: every `world_size()`-th item, so that each is in one part."""
+    return items[rank() :: world_size()]
+
+
+@torch.no_grad()
+def average_buffers(network: nn.Module) -> None:
+    """Average what BatchNorm has seen, so that all processes hold the same network."""
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(sum_over_processes(buffer) / world_size())

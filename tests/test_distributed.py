@@ -1,0 +1,89 @@
+"""Two processes under `torchrun` train what one trains, and only one of them speaks and writes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import two_processes
+from conftest import ROOT
+
+from engine import UserError
+from engine.checkpoint import network_content, read, save
+from engine.data import load_data
+from model import build
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*TORCHRUN, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def alone_and_two(tmp_path_factory) -> list[dict]:
+    """What one process got on whole batches, then what each of two got on its halves."""
+    folder = tmp_path_factory.mktemp("processes")
+    two_processes.main(folder)
+    done = torchrun("tests/two_processes.py", str(folder))
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"process_{name}.pt") for name in ("0_of_1", "0_of_2", "1_of_2")]
+
+
+def test_processes_hold_bit_identical_networks(alone_and_two):
+    _, first, second = alone_and_two
+    assert torch.equal(first["gradient"], second["gradient"])
+    for part in ("layers", "trained"):
+        assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
+    assert all(map(torch.equal, first["others"], second["others"]))
+    assert first["epoch_loss"] == second["epoch_loss"] and first["evaluation"] == second["evaluation"]
+
+
+def test_halves_of_a_batch_are_a_step_of_the_whole_batch(alone_and_two):
+    """Gradients are averaged before EC2T scales them: every weight, centroid and assignment is as in one process."""
+    alone, first, _ = alone_and_two
+    torch.testing.assert_close(first["gradient"], alone["gradient"], rtol=1e-4, atol=1e-6)
+    for name in ("weights", "centroids"):
+        torch.testing.assert_close(first["layers"][name], alone["layers"][name], rtol=1e-4, atol=1e-5)
+    differing = first["layers"]["assignment"] != alone["layers"]["assignment"]
+    assert differing.float().mean() < 1e-4  # a weight on a threshold may fall on either side
+    for ours, theirs in zip(first["others"], alone["others"]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_processes_share_every_image_once(alone_and_two):
+    alone, first, second = alone_and_two
+    for part, images in (("evaluated_on", 67), ("trained_on", 64)):  # 64: the incomplete last batch is left out
+        seen = torch.cat([first[part], second[part]])
+        assert len(seen) == images and sorted(seen.tolist()) == sorted(alone[part].tolist())
+    assert alone["evaluation"][1:] == first["evaluation"][1:]
+    assert alone["evaluation"][0] == pytest.approx(first["evaluation"][0], rel=1e-5)
+
+
+def test_stages_run_under_torchrun_and_one_process_speaks(tmp_path):
+    torch.manual_seed(0)
+    spec = {"name": "resnet20", "num_classes": 10}
+    save(network_content(spec, build(spec), dataset="digits", image_size=8), tmp_path / "resnet.pt")
+    done = torchrun(
+        *("run_quantization.py", "--model-dict", str(tmp_path / "resnet.pt"), "--save-dir", str(tmp_path)),
+        *"--batch-size 358 --epochs 1 --retrain-epochs 1 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split(),
+        *"--no-cuda --amp off".split(),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum("2 processes" in line for line in lines) == sum("Best by accuracy" in line for line in lines) == 1
+    (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    history = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    epochs = [(record["phase"], record["epoch"]) for record in history]
+    assert epochs == [("ternarize", 0), ("ternarize", 1), ("retrain", 1)]
+    assert read(tmp_path / "Ternary_best_acc.pt")["accuracy"] == max(record["accuracy"] for record in history)
+
+
+def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
+        load_data("digits", "", torch.device("cpu"), batch_size=15)
