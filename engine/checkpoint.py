@@ -11,13 +11,14 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine import DATASETS, UserError, distributed
+from engine.report import say
 from model import MICRONETS, MODELS, build
 from model.identify import expected_state_dict, mismatches, nearest
 from model.micronet import MAX_MULTIPLIER
@@ -40,6 +41,25 @@ class Checkpoint:
         network = build(self.spec)
         network.load_state_dict(self.state_dict, strict=False)  # names and shapes were checked on reading
         return network
+
+    def with_classes(self, classes: list[str], dataset: str, data_path: str, seed: int) -> "Checkpoint":
+        """This checkpoint if the network tells the data set's classes apart, else one with a new classifier.
+
+        All other tensors stay. The new classifier is drawn at random from `seed`, and a line says aloud that it is.
+        """
+        if len(classes) == self.spec["num_classes"]:
+            return self
+        say(
+            f"NEW CLASSIFIER: {self.path} tells {self.spec['num_classes']} classes apart, {dataset} in {data_path} has "
+            f"{len(classes)}: the other layers are kept, the last one starts at random; if that is not meant, pass the "
+            f"--dataset and --data-path that the network was trained on"
+        )
+        spec = {**self.spec, "num_classes": len(classes)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = build(spec).state_dict()
+        kept = {name: t for name, t in self.state_dict.items() if name in fresh and t.shape == fresh[name].shape}
+        return replace(self, spec=spec, state_dict=fresh | kept)
 
     def check_classes(self, classes: list[str], dataset: str, data_path: str) -> None:
         """Raise a UserError unless the network tells as many classes apart as the data set has."""

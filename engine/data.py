@@ -8,7 +8,7 @@ import hashlib
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,17 +21,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, transforms
+from torchvision import datasets
 
 from engine import UserError, distributed
 from engine.augment import Augmentation, normalise
 from engine.packed_images import cached, packed_files, read_packed
+from engine.preprocessing import IMAGENET, Preprocessing, Transform
+from engine.report import say
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-Transform = Callable[[Image.Image], Tensor]
 
 SMALL = 64  # px; class folders of larger images are treated as ImageNet is
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NATIVE_SIZE = {"CIFAR100": 32, "CIFAR10": 32, "MNIST": 32, "FashionMNIST": 32, "digits": 32}
 
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores: as told
@@ -198,7 +198,7 @@ def load_data(
     batch_size: int = 256,
     val_batch_size: int = 512,
     workers: int = 4,
-    bicubic: bool = False,
+    preprocessing: Preprocessing = IMAGENET,
     train: bool = True,
 ) -> Data:
     """Read the data set `name` from `path`; UserError where it is missing, empty or damaged.
@@ -206,8 +206,8 @@ def load_data(
     Args:
         image_size: side in pixels; None takes 32 for small images and 224 for photographs.
         val_image_size: side of validation images, where it differs (photographs only).
-        bicubic: resize validation photographs bicubically, as EfficientNet's published accuracy assumes.
-        train: read the training images too.
+        preprocessing: how photographs are resized and normalised.
+        train: read the training images too; without them, classes may lack validation images.
     """
     if batch_size % distributed.world_size():
         raise UserError(
@@ -225,16 +225,20 @@ def load_data(
     size = image_size or NATIVE_SIZE.get(name)
     if folders:
         classes = _class_names(folders[1])
-        if name == "ImageNet" or name == "folder" and _first_image_size(folders[1]) > SMALL:
+        val_files = _image_files(folders[1], every_class=train)
+        train_files = _image_files(folders[0]) if train else val_files
+        if lacking := len(classes) - len({label for _, label in val_files}):
+            say(f"{folders[1]}: {lacking:,} of {len(classes):,} classes have no images")
+        if name == "ImageNet" or name == "folder" and _first_image_size(val_files) > SMALL:
             size = size or 224
-            augment, centre = _photograph_transforms(size, val_image_size or size, bicubic)
-            train_files = Photographs(_image_files(folders[0]), augment) if train else None
-            val_files = Photographs(_image_files(folders[1]), centre)
-            return ImagesOnDisk(
-                name, classes, train_files, val_files, size, batch_size, val_batch_size, workers, device
-            )
-        size = size or _first_image_size(folders[1])
-        train_split, val_split = (partial(_read_class_folders, split, size, max(workers, 1)) for split in folders)
+            train_set = Photographs(train_files, preprocessing.training(size)) if train else None
+            val_set = Photographs(val_files, preprocessing.validation(val_image_size or size))
+            return ImagesOnDisk(name, classes, train_set, val_set, size, batch_size, val_batch_size, workers, device)
+        size = size or _first_image_size(val_files)
+        train_split, val_split = (
+            partial(_read_class_folders, split, files, size, max(workers, 1))
+            for split, files in zip(folders, (train_files, val_files))
+        )
     elif packed:
         contents = [read_packed(file) for file in packed]
         classes = contents[1].classes
@@ -298,9 +302,12 @@ def _class_names(split: Path) -> list[str]:
     return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _image_files(split: Path) -> list[tuple[str, int]]:
-    """Every image file in or below the class folders under `split`, with its label; hidden files do not count."""
-    files = []
+def _image_files(split: Path, every_class: bool = True) -> list[tuple[str, int]]:
+    """Every image file in or below the class folders under `split`, with its label; hidden files do not count.
+
+    UserError where there is none, or, with `every_class`, where a class has none.
+    """
+    files, empty = [], []
     for label, name in enumerate(_class_names(split)):
         found = sorted(
             os.path.join(folder, file)
@@ -308,14 +315,15 @@ def _image_files(split: Path) -> list[tuple[str, int]]:
             for file in names
             if file.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not file.startswith(".")
         )
-        if not found:
-            raise UserError(f"{split / name}: holds no images ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
         files += [(file, label) for file in found]
+        empty += [] if found else [split / name]
+    if empty and (every_class or not files):
+        raise UserError(f"{empty[0]}: holds no images ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
     return files
 
 
-def _first_image_size(split: Path) -> int:
-    return max(_open(_image_files(split)[0][0]).size)
+def _first_image_size(files: list[tuple[str, int]]) -> int:
+    return max(_open(files[0][0]).size)
 
 
 def _open(path: str) -> Image.Image:
@@ -337,9 +345,10 @@ def _at_size(images: np.ndarray, labels: np.ndarray, size: int) -> tuple[Tensor,
     return tensor.contiguous(), torch.from_numpy(labels)
 
 
-def _read_class_folders(split: Path, size: int, threads: int) -> tuple[Tensor, Tensor]:
+def _read_class_folders(
+    split: Path, files: list[tuple[str, int]], size: int, threads: int
+) -> tuple[Tensor, Tensor]:
     """All images of small-image class folders as squares of `size` px, decoded the first time only."""
-    files = _image_files(split)
     images, labels = cached(split, size, files, lambda: _decode_all(files, size, threads))
     return torch.from_numpy(images).movedim(3, 1).contiguous(), torch.from_numpy(labels)
 
@@ -395,19 +404,6 @@ def _resized(images: Tensor, size: int) -> Tensor:
     """Float images `[N, C, H, W]` of 0 to 255 as uint8 `[N, C, size, size]`, bicubic."""
     images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
     return images.round().clamp(0, 255).to(torch.uint8)
-
-
-def _photograph_transforms(size: int, val_size: int, bicubic: bool) -> tuple[Transform, Transform]:
-    """ImageNet's augmentation for training; for validation, resize the shorter side by 8/7 and crop the centre."""
-    to_normal = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    augment = transforms.Compose(
-        [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *to_normal],
-    )
-    if bicubic:
-        resize = transforms.Resize(val_size, transforms.InterpolationMode.BICUBIC)
-    else:
-        resize = transforms.Resize(val_size * 8 // 7)
-    return augment, transforms.Compose([resize, transforms.CenterCrop(val_size), *to_normal])
 
 
 @contextmanager

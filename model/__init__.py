@@ -6,8 +6,9 @@ Importing this package does not import torch, so that command lines are parsed a
 """
 
 EFFICIENTNETS = ("efficientnet-b1", "efficientnet-b2", "efficientnet-b3", "efficientnet-b4")
+LITES = ("efficientnet-lite1",)
 MICRONETS = ("cifar_micronet", "imagenet_micronet")
-MODELS = (*MICRONETS, *EFFICIENTNETS, "resnet20")
+MODELS = (*MICRONETS, *EFFICIENTNETS, *LITES, "resnet20")
 
 
 def build(spec: dict):
@@ -22,6 +23,10 @@ def build(spec: dict):
         from model.efficientnet import efficientnet
 
         return efficientnet(name, **arguments)
+    if name == "efficientnet-lite1":
+        from model.efficientnet import efficientnet_lite1
+
+        return efficientnet_lite1(**arguments)
     if name == "resnet20":
         from model.resnet import resnet20
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from model import EFFICIENTNETS, build
+from model import EFFICIENTNETS, LITES, build
 from model.micronet import LAYOUTS, MAX_MULTIPLIER, scale_depth, scale_width
 
 
@@ -68,7 +68,8 @@ def _guesses(state_dict: Mapping) -> list[dict]:
         return []
     num_classes = classifier.shape[0]
     if "_conv_stem.weight" in state_dict:
-        return [{"name": name, "num_classes": num_classes} for name in EFFICIENTNETS]
+        with_se = any("_se_reduce" in name for name in state_dict)
+        return [{"name": name, "num_classes": num_classes} for name in (EFFICIENTNETS if with_se else LITES)]
     if "layer1.0.bn3.weight" not in state_dict:
         return [{"name": "resnet20", "num_classes": num_classes}]
 

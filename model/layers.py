@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from model import EFFICIENTNETS
+from model import EFFICIENTNETS, LITES
 
 _EFFICIENTNET_TERNARY = ("_expand_conv.weight", "_project_conv.weight", "_conv_head.weight")
 _EFFICIENTNET_PRUNED = ("_fc.weight", "_se_expand.weight", "_se_reduce.weight")
@@ -16,9 +16,9 @@ def ternary_candidates(network: nn.Module, model: str) -> list[str]:
     """Names of the weights that EC2T ternarizes, in the network's order.
 
     Every convolution inside the blocks of MicroNet and ResNet; expand, project and head convolutions of
-    EfficientNet.
+    EfficientNet and EfficientNet-Lite.
     """
-    if model in EFFICIENTNETS:
+    if model in EFFICIENTNETS + LITES:
         return [name for name, _ in network.named_parameters() if name.endswith(_EFFICIENTNET_TERNARY)]
     return [name for name, _ in network.named_parameters() if _in_block_convolution(name)]
 
@@ -26,9 +26,10 @@ def ternary_candidates(network: nn.Module, model: str) -> list[str]:
 def pruning_candidates(network: nn.Module, model: str) -> list[str]:
     """Names of the weights that `--do-prune` prunes, in the network's order, unless they are ternary already.
 
-    EfficientNet: classifier and squeeze-and-excitation; other networks: the convolutions inside the blocks.
+    EfficientNet: classifier and squeeze-and-excitation, which EfficientNet-Lite lacks; other networks: the
+    convolutions inside the blocks.
     """
-    if model in EFFICIENTNETS:
+    if model in EFFICIENTNETS + LITES:
         names = [name for name, _ in network.named_parameters() if name.endswith(_EFFICIENTNET_PRUNED)]
     else:
         names = ternary_candidates(network, model)

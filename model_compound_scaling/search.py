@@ -12,6 +12,7 @@ from engine.checkpoint import copy, scaled
 from engine.data import Data, ImagesOnDisk, load_data
 from engine.device import Machine, choose_machine
 from engine.distributed import is_first
+from engine.memory import peak_memory, say_peak_memory
 from engine.report import count, say, table
 from engine.runs import Run, resume_from
 from engine.training import derived_seed
@@ -58,6 +59,7 @@ def run(args: Namespace) -> int:
     copy(best_file, save_dir / "best_model.pt")
     d, w = points[best]
     say(f"\nBest: d {d:g}, w {w:g} with {results[best]['accuracy']:.2f}% -> {save_dir / 'best_model.pt'}")
+    say_peak_memory()
     return 0
 
 
@@ -84,7 +86,7 @@ def train_point(multipliers: dict, data: Data, machine: Machine, args: Namespace
     start = time.monotonic()
     best = train(network, spec, data, machine, args, run)
     row |= {"accuracy": best["accuracy"], "best_epoch": best["epoch"], "diverged": best.get("diverged")}
-    row["seconds"] = time.monotonic() - start
+    row |= {"seconds": time.monotonic() - start, "peak_memory": peak_memory()}
     run.finish(row)
     return row
 

@@ -41,7 +41,9 @@ def _shard(text: str) -> tuple[int, int]:
 def parser() -> Parser:
     """Build the parser; defaults are those of the 2019 program, unless the checkpoint says otherwise."""
     parser = Parser(prog="run_quantization.py", description=DESCRIPTION, epilog=EPILOG)
-    add_model_arguments(parser, "--model-dict", f"full-precision checkpoint: a path, or a file name in {FP_MODELS}")
+    add_model_arguments(
+        parser, "--model-dict", f"full-precision checkpoint: a path, or a file name in {FP_MODELS}", pretrained=True
+    )
 
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument(

@@ -12,13 +12,18 @@ from engine.data import Data, load_data
 from engine.device import Machine, choose_machine
 from engine.distributed import is_first
 from engine.evaluation import evaluate
+from engine.memory import peak_memory, say_peak_memory
+from engine.preprocessing import preprocessing_of
 from engine.report import say, table
-from engine.rulers import published
+from engine.rulers import challenge, published
 from engine.rulers.tally import Task, Widths, task_of
 from engine.runs import Run, resume_from, write_text
-from model import EFFICIENTNETS, build
+from engine.training import derived_seed
+from model import EFFICIENTNETS, LITES, build
+from model.efficientnet import native_image_size
 from model_quantization.arguments import FP_MODELS
 from model_quantization.plots import plot_layers, plot_sweep, plot_ternarization
+from model_quantization.pretrained import published_weights
 from model_quantization.training import Point
 
 RESULT_ARGUMENTS = (
@@ -29,11 +34,12 @@ RESULT_ARGUMENTS = (
 
 def run(args: Namespace) -> int:
     """Run this shard's pairs of the grid; compare all finished ones; copy the best network."""
-    path = find(args.model_dict, Path(FP_MODELS))
+    path = published_weights(args.model) if args.pretrained else find(args.model_dict, Path(FP_MODELS))
     checkpoint = read_network(path, wanted_spec(args.model, args.dw_multps, args.phi))
     machine = choose_machine(args.cuda, args.amp, args.compile)
     args.amp = machine.amp
     data = checkpoint_data(checkpoint, args, machine)
+    checkpoint = checkpoint.with_classes(data.classes, data.name, args.data_path, derived_seed(args.seed, 0))
     if args.eval:
         evaluation = evaluate(machine.place(checkpoint.network()), data, machine)
         say(f"{path}: accuracy {evaluation.accuracy:.2f}% before quantization")
@@ -54,6 +60,7 @@ def run(args: Namespace) -> int:
     results = [run.result for run in finished]
     if not results:
         say(f"\nShard {shard}/{shards} has no pair of this grid, and none is finished yet")
+        say_peak_memory()
         return 0
     best = select(results, args.select, task)
     say("\n" + comparison(results, best))
@@ -70,31 +77,26 @@ def run(args: Namespace) -> int:
     row = results[best]
     say(f"Best by {args.select}: s {row['s']:g}, g {row['g']:g}, {row['accuracy']:.2f}%, "
         f"{row['zeros']:.2f}% zeros -> {best_path}")
+    say_peak_memory()
     return 0
 
 
 def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -> Data:
-    """The data set that the flags name, else the checkpoint's; its classes must be as many as the network's."""
+    """The data set that the flags name, else the checkpoint's; validation images only where nothing is trained."""
     name = args.dataset or checkpoint.extra.get("dataset") or "CIFAR100"
-    efficientnet = checkpoint.spec["name"] in EFFICIENTNETS
-    val_image_size = None
-    if efficientnet:
-        from model.efficientnet import native_image_size
-
-        val_image_size = native_image_size(checkpoint.spec["name"])
-    data = load_data(
+    network = checkpoint.spec["name"]
+    return load_data(
         name,
         args.data_path,
         machine.device,
         image_size=args.image_size or checkpoint.extra.get("image_size") or (200 if name == "ImageNet" else None),
-        val_image_size=val_image_size,
+        val_image_size=native_image_size(network) if network in EFFICIENTNETS + LITES else None,
         batch_size=args.batch_size,
         val_batch_size=args.val_batch_size,
         workers=args.workers,
-        bicubic=efficientnet,
+        preprocessing=preprocessing_of(network),
+        train=args.epochs + args.retrain_epochs > 0,
     )
-    checkpoint.check_classes(data.classes, data.name, args.data_path)
-    return data
 
 
 def point_run(save_dir: Path, s: float, g: float, checkpoint: Checkpoint, data: Data, args: Namespace) -> Run:
@@ -124,18 +126,24 @@ def run_point(
         if not is_first():
             return
         seconds = time.monotonic() - start
-        run.finish({"s": s, "g": g, **best, **scored(run, best, data), "seconds": seconds})
+        result = {"s": s, "g": g, **best, **scored(run, best, data), "seconds": seconds, "peak_memory": peak_memory()}
+        run.finish(result)
     if args.plot_ternarization and is_first():
         say(f"  plot: {plot_ternarization(read(best_file(run)), run)}")
 
 
 def scored(run: Run, best: dict, data: Data) -> dict:
-    """What the best network counts as on the `published` ruler at 16 bit, as `run_scoring.py` counts by default."""
+    """What the best network counts as at 16 bit on the `published` ruler, or `challenge` where that has no form."""
     content = read(run.folder / f"best_{best['phase']}.pt")
     network = build(content["model"])
     network.load_state_dict(content["state_dict"])
-    tally = published.count(network, content["model"]["name"], data.image_size, Widths())
+    name = content["model"]["name"]
+    if name in published.MODELS:
+        tally = published.count(network, name, data.image_size, Widths())
+    else:
+        tally = challenge.count(network.eval(), data.image_size, Widths(add=32))
     return {
+        "ruler": tally.ruler,
         "params": tally.params,
         "scoring_params": tally.total_scoring_params,
         "mflop": tally.total_mflop,

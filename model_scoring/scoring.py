@@ -24,12 +24,15 @@ from engine.checkpoint import (
 from engine.data import load_data
 from engine.device import choose_machine
 from engine.evaluation import Evaluation, evaluate
+from engine.memory import peak_memory, say_peak_memory
 from engine.packing import is_packed, read_packed, write_packed
+from engine.preprocessing import preprocessing_of
 from engine.report import count, say, table
 from engine.rulers import challenge, improved, published
 from engine.rulers.tally import Tally, Task, Widths, task_of
 from engine.runs import write_text
-from model import EFFICIENTNETS, MODELS
+from model import EFFICIENTNETS, LITES
+from model.efficientnet import native_image_size
 from model.identify import mismatches
 from model.layers import is_ternary
 from model_scoring.arguments import SAVED_LAYERS, T_MODELS
@@ -48,7 +51,10 @@ def run(args: Namespace) -> int:
 
     tallies = count_all(network, checkpoint.spec, image_size, args)
     if args.accounting not in tallies:
-        raise UserError(f"the published ruler has no form for {checkpoint.spec['name']}; take another --accounting")
+        raise UserError(
+            f"the published ruler has no form for {checkpoint.spec['name']} (it has for {', '.join(published.MODELS)}); "
+            f"take another --accounting"
+        )
     say(listing(tallies[args.accounting]))
     evaluation = evaluate_network(network, checkpoint, dataset, image_size, args) if args.eval else None
     say(summary(tallies, task, dataset, evaluation))
@@ -64,6 +70,8 @@ def run(args: Namespace) -> int:
     if args.before:
         report["before"] = before_and_after(args, tallies[args.accounting], task, dataset, image_size, evaluation)
     export(network, checkpoint, args)
+    say_peak_memory()
+    report["peak_memory"] = peak_memory()
     if args.json:
         write_text(Path(args.json), json.dumps(report, indent=2) + "\n")
     if args.strict and (uncounted := tallies[args.accounting].uncounted):
@@ -113,7 +121,7 @@ def count_all(network: nn.Module, spec: dict, image_size: int, args: Namespace) 
         return Widths(value, args.mul_bits, args.add_bits or add)
 
     tallies = {}
-    if spec["name"] in MODELS:
+    if spec["name"] in published.MODELS:
         tallies["published"] = published.count(network, spec["name"], image_size, widths(16))
     tallies["challenge"] = challenge.count(network, image_size, widths(32))
     tallies["improved"] = improved.count(network, image_size, widths(32))
@@ -127,9 +135,7 @@ def default_dataset(spec: dict) -> str:
 
 def default_image_size(spec: dict) -> int:
     """The image size in pixels that a network is scored at unless the user or the checkpoint says another."""
-    if spec["name"] in EFFICIENTNETS:
-        from model.efficientnet import native_image_size
-
+    if spec["name"] in EFFICIENTNETS + LITES:
         return native_image_size(spec["name"])
     return 200 if spec["name"] == "imagenet_micronet" else 32
 
@@ -146,7 +152,7 @@ def evaluate_network(
         image_size=image_size,
         val_batch_size=args.val_batch_size,
         workers=args.workers,
-        bicubic=checkpoint.spec["name"] in EFFICIENTNETS,
+        preprocessing=preprocessing_of(checkpoint.spec["name"]),
         train=False,
     )
     checkpoint.check_classes(data.classes, data.name, args.data_path)

@@ -17,7 +17,8 @@ from sklearn.datasets import load_digits
 
 from engine import DATASETS, UserError
 from engine.augment import normalise
-from engine.data import IMAGENET_MEAN, IMAGENET_STD, Data, ImagesInMemory, ImagesOnDisk, load_data
+from engine.data import Data, ImagesInMemory, ImagesOnDisk, load_data
+from engine.preprocessing import preprocessing_of
 
 CPU = torch.device("cpu")
 FOLDER_NAMES = [name for name in DATASETS if name not in ("digits", "ImageNet")]
@@ -325,14 +326,21 @@ def test_a_folder_is_of_photographs_where_its_images_are_large(make_folders):
     assert isinstance(load(make_folders("8", size=(8, 8)), "ImageNet", image_size=8), ImagesOnDisk)
 
 
-@pytest.mark.parametrize("bicubic", [False, True])
+@pytest.mark.parametrize(
+    "model, red, green, blue",
+    [
+        ("resnet20", (1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225),
+        ("efficientnet-b1", (1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225),
+        ("efficientnet-lite1", (255 - 127) / 128, -127 / 128, (51 - 127) / 128),
+    ],
+)
 @pytest.mark.parametrize("val_size", [None, 21])
-def test_photographs_are_cropped_to_size_and_normalised(bicubic, val_size, make_folders):
+def test_photographs_are_cropped_to_size_and_normalised(model, red, green, blue, val_size, make_folders):
     path = make_folders()
     for file in path.rglob("*.png"):
         Image.new("RGB", PHOTO, (255, 0, 51)).save(file)
-    data = load(path, "ImageNet", image_size=14, val_image_size=val_size, bicubic=bicubic)
-    colour = (torch.tensor([1, 0, 0.2]) - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    data = load(path, "ImageNet", image_size=14, val_image_size=val_size, preprocessing=preprocessing_of(model))
+    colour = torch.tensor([red, green, blue])
     for batches, size in ((data.train_batches(0), 14), (data.val_batches(), val_size or 14)):
         for images, _ in batches:
             assert images.shape[1:] == (3, size, size)
@@ -342,13 +350,15 @@ def test_photographs_are_cropped_to_size_and_normalised(bicubic, val_size, make_
 def test_the_centre_of_a_photograph_is_seen(make_folders):
     path = make_folders()
     photograph = Image.new("RGB", (160, 80), "blue")
-    photograph.paste("red", (50, 10, 110, 70))
+    photograph.paste("red", (60, 20, 100, 60))
     for file in path.rglob("*.png"):
         photograph.save(file)
-    for bicubic, share in ((False, 7 / 8), (True, 1)):  # of the shorter side that the crop shows
-        images, _ = next(load(path, "ImageNet", image_size=56, bicubic=bicubic).val_batches())
+    # of the shorter side that the crop shows
+    for model, share in (("imagenet_micronet", 7 / 8), ("efficientnet-b4", 1), ("efficientnet-lite1", 56 / 88)):
+        data = load(path, "ImageNet", image_size=56, preprocessing=preprocessing_of(model))
+        images, _ = next(data.val_batches())
         red = (images[0, 0] > 1).float().mean().sqrt().item()
-        assert red == pytest.approx(60 / (80 * share), abs=0.04)
+        assert red == pytest.approx(40 / (80 * share), abs=0.04)
 
 
 ODD = {

@@ -31,8 +31,10 @@ from torch import Tensor, nn
 
 from engine.rulers.tally import Group, Line, Tally, Widths
 from engine.rulers.threads import one_thread
-from model import EFFICIENTNETS
+from model import EFFICIENTNETS, MICRONETS
 from model.layers import is_ternary
+
+MODELS = (*MICRONETS, *EFFICIENTNETS, "resnet20")  # for which there is a closed form
 
 # (biases, multiplications, additions) that stand beside a convolution, from its index, n, live_in, live_out.
 Extras = Callable[[int, int, int, int], tuple[int, int, int]]
