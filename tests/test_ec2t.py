@@ -1,5 +1,6 @@
 """EC2T's arithmetic against literal definitions: the three-way argmin, autograd, and the paper's guarantees."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +283,25 @@ def test_a_step_never_waits_for_the_device(frozen, prune):
     layers.assign()
     with pytest.raises(RuntimeError):
         layers.weights.max().item()
+
+
+def test_compiled_steps_equal_plain_ones(monkeypatch):
+    """Traced whole (no break in the graph) and over all rows at once; without a backend that takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    weights = torch.randn(40, 30), torch.randn(8, 40)
+    plain, compiled = layers_of(*weights), layers_of(*weights)
+    compiled.compile()
+    compiled.assign()
+    before = plain.assignment.clone()
+    for _ in range(3):
+        plain.gradient.normal_()
+        compiled.gradient.copy_(plain.gradient)
+        for layers in (plain, compiled):
+            layers.scale_gradients()
+            with torch.no_grad():
+                layers.weights -= 0.05 * layers.weights.grad
+                layers.centroids -= 0.01 * layers.centroids.grad
+            layers.assign()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], tensor)
+    assert not torch.equal(before, plain.assignment), "nothing moved"
