@@ -14,8 +14,8 @@ MIB = 2**20
 def peak_memory() -> dict[str, int]:
     """The most bytes at once, since the program started.
 
-    `resident` is this process's, `worker` that of its largest worker which has ended (0 without workers), `gpu` what
-    tensors took on the fullest GPU (only where one was used).
+    `resident` is this process's, `worker` that of its largest worker which has ended (0 without workers; pages that
+    both share count in both), `gpu` what tensors took on the fullest GPU (only where one was used).
     """
     own, children = (
         resource.getrusage(who).ru_maxrss * MAXRSS_UNIT for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

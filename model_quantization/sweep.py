@@ -119,8 +119,8 @@ def run_point(
         run.open(resume=not args.no_resume)
         start = time.monotonic()
         best = Point(checkpoint, s, g, data, machine, args, run).train()
-        seconds = time.monotonic() - start
-        run.finish({"s": s, "g": g, **best, **scored(run, best, data), "seconds": seconds, "peak_memory": peak_memory()})
+        best |= {"seconds": time.monotonic() - start, "peak_memory": peak_memory()}
+        run.finish({"s": s, "g": g, **best, **scored(run, best, data)})
     if args.plot_ternarization:
         say(f"  plot: {plot_ternarization(read(best_file(run)), run)}")
 
