@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Accuracy over zeros of a pretrained network that EC2T's assignment made sparse, without a step of training.
 
-    python benchmarks/zeros_accuracy.py --t-model FILE --data-path DIR [--amp bf16] [--out benchmarks/zeros_accuracy.png]
+    python benchmarks/zeros_accuracy.py --t-model FILE --data-path DIR [--amp bf16] [--out FILE.png]
 
-Two ways, each point from the pretrained network: pruning (`--do-prune`) at several s, and ternarization of the 1, 3, 6,
-12 largest convolutions and of all of them, at several g. DIR holds val/ with one folder a class. Writes a plot and, beside
-it, its points as JSON.
+Two ways, each point from the pretrained network: pruning (`--do-prune`) at several s, and ternarization of the 1, 3,
+6, 12 largest convolutions and of all of them, at several g. DIR holds val/ with one folder a class. Writes a plot and,
+beside it, its points as JSON.
 """
 
 import argparse

@@ -167,7 +167,7 @@ def comparison(results: list[dict], best: int) -> str:
             f"{r['accuracy']:.2f}%",
             f"{r['zeros']:.2f}%",
             f"{r['entropy']:.3f} bit",
-            f"{r['scoring_params']:,}",
+            f"{r['scoring_params']:,.0f}",
             f"{r['mflop']:.2f}",
             f"{r['score']:.5f}",
             f"{r['phase']} {r['epoch']}",

@@ -321,7 +321,7 @@ def test_peak_memory_is_in_bytes():
         assert abs(peak - 1024 * int(high_water[1])) < 8 * MIB
 
 
-def test_peak_memory_of_a_worker_is_told_apart(monkeypatch, capsys):
+def test_peak_memory_of_a_child_process_is_told_apart(monkeypatch, capsys):
     size = {resource.RUSAGE_SELF: 600 * MIB, resource.RUSAGE_CHILDREN: 0}
     monkeypatch.setattr(memory, "MAXRSS_UNIT", 1)
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=size[who]))
@@ -330,7 +330,7 @@ def test_peak_memory_of_a_worker_is_told_apart(monkeypatch, capsys):
     memory.say_peak_memory()
     assert capsys.readouterr().out.splitlines() == [
         "Peak memory: 600 MiB resident",
-        "Peak memory: 600 MiB resident, 70 MiB in the largest worker",
+        "Peak memory: 600 MiB resident, 70 MiB in the largest child process",
     ]
 
 
