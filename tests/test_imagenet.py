@@ -1,6 +1,5 @@
 """The ImageNet path: published weights, a classifier for the folder's classes, EfficientNet-Lite, peak memory."""
 
-import hashlib
 import http.server
 import json
 import os
@@ -203,16 +202,17 @@ def test_imagenet_micronet_walks_through_all_stages(make_folders, tmp_path, caps
 
 
 @pytest.fixture
-def server() -> Iterator[SimpleNamespace]:
-    """A server on this machine: every address gets `content`, after `delay` seconds; `asked` counts."""
-    answers = SimpleNamespace(content=b"weights", delay=0.0, asked=[])
+def server(resnet) -> Iterator[SimpleNamespace]:
+    """A server on this machine: every address gets `content`, after `delay` seconds; `asked` lists the requests."""
+    weights = resnet.read_bytes()
+    answers = SimpleNamespace(content=weights, announced=len(weights), delay=0.0, asked=[])
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             answers.asked.append(self.command)
             time.sleep(answers.delay)
             self.send_response(200)
-            self.send_header("Content-Length", str(len(answers.content)))
+            self.send_header("Content-Length", str(answers.announced))
             self.end_headers()
 
         def do_GET(self) -> None:
@@ -222,8 +222,8 @@ def server() -> Iterator[SimpleNamespace]:
         def log_message(self, *_) -> None: ...
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        answers.url = f"http://127.0.0.1:{running.server_port}"
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        answers.url = f"http://127.0.0.1:{running.server_port}/efficientnet-b1-f1951068.pth"
         yield answers
         running.shutdown()
 
@@ -232,9 +232,8 @@ def server() -> Iterator[SimpleNamespace]:
 def published(server, tmp_path, monkeypatch) -> Path:
     """The address of B1's published weights is on `server`; the folder that downloads go to is returned."""
     folder = tmp_path / "trained_fp_models"
-    digest = hashlib.sha256(server.content).hexdigest()[:8]
     monkeypatch.setattr(pretrained, "FP_MODELS", folder)
-    monkeypatch.setitem(pretrained.url_map, "efficientnet-b1", f"{server.url}/efficientnet-b1-{digest}.pth")
+    monkeypatch.setitem(pretrained.url_map, "efficientnet-b1", server.url)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return folder
@@ -248,15 +247,19 @@ def refused(model: str | None) -> str:
 
 def test_published_weights_are_downloaded_once(server, published):
     path = pretrained.published_weights("efficientnet-b1")
-    assert path.parent == published and path.read_bytes() == b"weights"
+    assert path == published / "efficientnet-b1-f1951068.pth" and path.read_bytes() == server.content
     asked = len(server.asked)
     assert pretrained.published_weights("efficientnet-b1") == path and len(server.asked) == asked > 0
+    assert list(published.iterdir()) == [path]
 
 
-def test_a_damaged_download_leaves_nothing(server, published):
-    server.content = b"weight"
+@pytest.mark.parametrize("content, said", [(b"PK", "retrieval incomplete"), (b"<html>Log in</html>", "no checkpoint")])
+def test_what_is_no_whole_checkpoint_leaves_nothing(content, said, server, published):
+    server.content = content
+    if "html" in str(content):
+        server.announced = len(content)
     message = refused("efficientnet-b1")
-    assert message.startswith(f"--pretrained: {server.url}/efficientnet-b1-") and "invalid hash value" in message
+    assert message.startswith(f"--pretrained: {server.url} can't be downloaded (") and said in message
     assert message.endswith("download it where there is a network, and pass the file as --model-dict")
     assert list(published.iterdir()) == []
 
@@ -269,8 +272,8 @@ def test_a_server_that_does_not_answer_is_not_waited_for(server, published, monk
     assert time.monotonic() - start < 2 and list(published.iterdir()) == []
 
 
-def test_a_server_that_is_not_there(server, published, monkeypatch):
-    url = "http://127.0.0.1:9/efficientnet-b1-01234567.pth"
+def test_a_server_that_is_not_there(published, monkeypatch):
+    url = "http://127.0.0.1:9/efficientnet-b1-f1951068.pth"
     monkeypatch.setitem(pretrained.url_map, "efficientnet-b1", url)
     assert refused("efficientnet-b1").startswith(f"--pretrained: {url} can't be downloaded (<urlopen error")
     assert list(published.iterdir()) == []
