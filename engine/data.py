@@ -332,6 +332,8 @@ def _open(path: str) -> Image.Image:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bit of grey, which Pillow would cut off at 255
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.mode == "P":  # Pillow warns of a palette with transparency unless that is kept at first
+                image = image.convert("RGBA")
             return image.convert("RGB")
     except Exception as error:  # decoders raise whatever the damaged bytes lead to
         raise UserError(f"{path}: does not decode as an image ({error}); mend or remove it") from None

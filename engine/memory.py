@@ -14,13 +14,14 @@ MIB = 2**20
 def peak_memory() -> dict[str, int]:
     """The most bytes at once, since the program started.
 
-    `resident` is this process's, `worker` that of its largest worker which has ended (0 without workers), `gpu` what
-    tensors took on the fullest GPU (only where one was used).
+    `resident` is this process's, `child` that of its largest child process which has ended, such as a worker that
+    decoded images (pages that both share count in both), `gpu` what tensors took on the fullest GPU (only where one
+    was used).
     """
     own, children = (
         resource.getrusage(who).ru_maxrss * MAXRSS_UNIT for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    peak = {"resident": own, "worker": children}
+    peak = {"resident": own, "child": children}
     if torch.cuda.is_initialized():
         peak["gpu"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     return peak
@@ -30,8 +31,8 @@ def say_peak_memory() -> None:
     """Print `peak_memory` as one line."""
     peak = peak_memory()
     parts = [f"{peak['resident'] / MIB:,.0f} MiB resident"]
-    if peak["worker"]:
-        parts.append(f"{peak['worker'] / MIB:,.0f} MiB in the largest worker")
+    if peak["child"]:
+        parts.append(f"{peak['child'] / MIB:,.0f} MiB in the largest child process")
     if "gpu" in peak:
         parts.append(f"{peak['gpu'] / MIB:,.0f} MiB of tensors on a GPU")
     say(f"Peak memory: {', '.join(parts)}")

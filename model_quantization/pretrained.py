@@ -1,17 +1,17 @@
 """Published ImageNet weights, for `--pretrained`: downloaded, or from a package that brings them."""
 
+import http.client
+import os
 import queue
-import re
 import socket
-import sys
 import threading
 import urllib.request
 from pathlib import Path
 
-import torch
 from efficientnet_pytorch.utils import url_map
 
 from engine import UserError
+from engine.checkpoint import read_network
 from engine.report import say
 from model import EFFICIENTNETS, LITES
 from model_quantization.arguments import FP_MODELS
@@ -44,26 +44,36 @@ def _packaged() -> Path:
 
 
 def _downloaded(url: str, folder: Path) -> Path:
-    """The file that `url` names in `folder`, downloaded unless it is there; its name ends in a part of its SHA-256."""
+    """The file that `url` names in `folder`, downloaded unless it is there."""
     path = folder / url.rpartition("/")[2]
     if path.is_file():
         return path
     say(f"Downloading {url}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_in_reach(url)
-        digest = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
-    except Exception as error:  # of the network, a proxy, the disk; RuntimeError where the digest is another
+        urllib.request.urlretrieve(url, partial)
+        _check_is_checkpoint(partial)
+        os.replace(partial, path)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(
-            f"--pretrained: {url} can't be downloaded ({str(error).partition(chr(10))[0] or type(error).__name__}); "
+            f"--pretrained: {url} can't be downloaded ({error}); "
             f"download it where there is a network, and pass the file as --model-dict"
         ) from None
     finally:
         socket.setdefaulttimeout(patience)
+        partial.unlink(missing_ok=True)
     return path
+
+
+def _check_is_checkpoint(path: Path) -> None:
+    try:
+        read_network(path)
+    except UserError:
+        raise ValueError("what came is no checkpoint of a network, perhaps the page of a proxy") from None
 
 
 def _check_in_reach(url: str) -> None:

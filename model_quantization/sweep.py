@@ -125,9 +125,8 @@ def run_point(
         best = Point(checkpoint, s, g, data, machine, args, run).train()
         if not is_first():
             return
-        seconds = time.monotonic() - start
-        result = {"s": s, "g": g, **best, **scored(run, best, data), "seconds": seconds, "peak_memory": peak_memory()}
-        run.finish(result)
+        best |= {"seconds": time.monotonic() - start, "peak_memory": peak_memory()}
+        run.finish({"s": s, "g": g, **best, **scored(run, best, data)})
     if args.plot_ternarization and is_first():
         say(f"  plot: {plot_ternarization(read(best_file(run)), run)}")
 
@@ -174,7 +173,7 @@ def comparison(results: list[dict], best: int) -> str:
             f"{r['accuracy']:.2f}%",
             f"{r['zeros']:.2f}%",
             f"{r['entropy']:.3f} bit",
-            f"{r['scoring_params']:,}",
+            f"{r['scoring_params']:,.0f}",
             f"{r['mflop']:.2f}",
             f"{r['score']:.5f}",
             f"{r['phase']} {r['epoch']}",

@@ -52,7 +52,7 @@ def run(args: Namespace) -> int:
     tallies = count_all(network, checkpoint.spec, image_size, args)
     if args.accounting not in tallies:
         raise UserError(
-            f"the published ruler has no form for {checkpoint.spec['name']} (it has for {', '.join(published.MODELS)}); "
+            f"the published ruler has no form for {checkpoint.spec['name']}, only for {', '.join(published.MODELS)}; "
             f"take another --accounting"
         )
     say(listing(tallies[args.accounting]))

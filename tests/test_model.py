@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model.identify
-from model import EFFICIENTNETS, MODELS, build
+from model import EFFICIENTNETS, LITES, MODELS, build
 from model.identify import expected_state_dict, identify, mismatches, nearest
 from model.layers import is_ternary, pruning_candidates, ternary_candidates
 from model.micronet import LAYOUTS, scale_depth, scale_width
@@ -262,7 +262,7 @@ def test_ternary_is_at_most_one_value_a_side(values, ternary):
         IMAGENET,
         {**IMAGENET, "depth": 2.7, "width": 0.9, "num_classes": 3},
         {"name": "resnet20", "num_classes": 10},
-        *({"name": name, "num_classes": 12} for name in EFFICIENTNETS),
+        *({"name": name, "num_classes": 12} for name in EFFICIENTNETS + LITES),
     ],
     ids=lambda spec: spec["name"],
 )

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Accuracy over zeros of a pretrained network that EC2T's assignment made sparse, without a step of training.
+
+    python benchmarks/zeros_accuracy.py --t-model FILE --data-path DIR [--amp bf16] [--out FILE.png]
+
+Two ways, each point from the pretrained network: pruning (`--do-prune`) at several s, and ternarization of the 1, 3,
+6, 12 largest convolutions and of all of them, at several g. DIR holds val/ with one folder a class. Writes a plot and,
+beside it, its points as JSON.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.checkpoint import Checkpoint, read_network  # noqa: E402
+from engine.data import Data, load_data  # noqa: E402
+from engine.device import Machine  # noqa: E402
+from engine.evaluation import evaluate  # noqa: E402
+from engine.preprocessing import preprocessing_of  # noqa: E402
+from engine.report import say  # noqa: E402
+from model.efficientnet import native_image_size  # noqa: E402
+from model.layers import pruning_candidates, ternary_candidates  # noqa: E402
+from model_quantization.layers import TernaryLayers  # noqa: E402
+
+PRUNING_S, PRUNING_G = (0.1, 0.2, 0.3, 0.4, 0.5), 0.15
+TERNARY_S, TERNARY_G = 0.25, (0.0, 0.15)
+LARGEST = (1, 3, 6, 12, None)  # None: all
+
+
+def point(
+    checkpoint: Checkpoint, data: Data, machine: Machine, s: float, g: float, number: int | None, prune: bool
+) -> dict:
+    """Zeros among all parameters and accuracy, both in percent, once the `number` largest candidates are treated."""
+    network = checkpoint.network()
+    weights = dict(network.named_parameters())
+    candidates = (pruning_candidates if prune else ternary_candidates)(network, checkpoint.spec["name"])
+    names = sorted(candidates, key=lambda name: -weights[name].numel())[:number]
+    TernaryLayers(network, names, s, g, prune=prune)
+    zeros = sum((w == 0).sum().item() for w in weights.values()) / sum(w.numel() for w in weights.values())
+    accuracy = evaluate(machine.place(network), data, machine).accuracy
+    result = {"s": s, "g": g, "layers": len(names), "prune": prune, "zeros": 100 * zeros, "accuracy": accuracy}
+    say(json.dumps(result))
+    return result
+
+
+def draw(curves: dict[str, list[dict]], baseline: float, title: str, path: Path) -> None:
+    """One line a curve; each point is labelled with its number of layers, or with s where it was pruned."""
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    axes.axhline(baseline, color="#8a8a8a", ls=":", label=f"as published: {baseline:.2f}%")
+    for (label, points), colour in zip(curves.items(), ("#3f8f5f", "#c2553f", "#3f6fa8")):
+        axes.plot([p["zeros"] for p in points], [p["accuracy"] for p in points], "o-", color=colour, label=label)
+        for p in points:
+            text = f"s {p['s']:g}" if p["prune"] else f"{p['layers']}"
+            axes.annotate(
+                text, (p["zeros"], p["accuracy"]), xytext=(4, 5), textcoords="offset points", fontsize=8, color=colour
+            )
+    axes.set(xlabel="zeros (% of all parameters)", ylabel="accuracy (%)", title=title, ylim=(-3, 100))
+    axes.legend(loc="upper right")
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--t-model", type=Path, required=True, metavar="FILE", help="a full-precision EfficientNet")
+    parser.add_argument("--data-path", required=True, metavar="DIR")
+    parser.add_argument("--amp", choices=("off", "bf16"), default="off")
+    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/zeros_accuracy.png"))
+    args = parser.parse_args()
+    checkpoint = read_network(args.t_model)
+    model = checkpoint.spec["name"]
+    machine = Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.amp)
+    data = load_data(
+        "ImageNet", args.data_path, machine.device, image_size=native_image_size(model), val_batch_size=args.batch_size,
+        workers=0, preprocessing=preprocessing_of(model), train=False,
+    )  # fmt: skip
+    checkpoint.check_classes(data.classes, data.name, args.data_path)
+    baseline = evaluate(machine.place(checkpoint.network()), data, machine).accuracy
+    say(f"{model}: {baseline:.2f}% of {data.num_val_images:,} images as published")
+    curves = {
+        "classifier pruned": [point(checkpoint, data, machine, s, PRUNING_G, None, True) for s in PRUNING_S],
+        **{
+            f"largest convolutions ternary, g {g:g}": [
+                point(checkpoint, data, machine, TERNARY_S, g, number, False) for number in LARGEST
+            ]
+            for g in TERNARY_G
+        },
+    }
+    draw(curves, baseline, f"{model} on {data.num_val_images:,} validation images, no training", args.out)
+    args.out.with_suffix(".json").write_text(json.dumps({"baseline": baseline, **curves}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
