@@ -4,6 +4,7 @@ Importing this package does not import torch, so that command lines are parsed a
 """
 
 DATASETS = ("CIFAR100", "CIFAR10", "MNIST", "FashionMNIST", "ImageNet", "digits", "folder")
+MAX_IMAGE_SIZE = 2**16  # pixels
 
 
 class UserError(Exception):

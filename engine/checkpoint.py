@@ -8,16 +8,17 @@ import io
 import os
 import re
 import sys
-import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engine import DATASETS, UserError, distributed
+from engine import DATASETS, MAX_IMAGE_SIZE, UserError, untrusted
+from engine.cli import is_out_of_memory
+from engine.files import write_whole
 from engine.report import say
 from model import MICRONETS, MODELS, build
 from model.identify import expected_state_dict, mismatches, nearest
@@ -77,28 +78,6 @@ def save(content: dict, path: Path) -> None:
     write_whole(buffer.getbuffer(), path)
 
 
-def write_whole(data: bytes | memoryview, path: Path) -> None:
-    """Write a file so that no moment leaves half of it: beside `path`, flushed, then renamed over it.
-
-    Of several processes, the first one alone writes.
-    """
-    if not distributed.is_first():
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); make room, or pass another folder") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
 def _canonical(content):
     """`content` in plain containers that share nothing, so that equal content gives equal bytes when pickled."""
     if isinstance(content, Mapping):
@@ -108,10 +87,22 @@ def _canonical(content):
     return sys.intern(content) if type(content) is str else content
 
 
+@contextmanager
+def expecting(path: Path, what: str) -> Iterator[None]:
+    """Use what was read from `path` in here: where that fails, a UserError says that it is not `what`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise UserError(f"{path}: is not {what} ({reason}); --no-resume starts the run afresh") from None
+
+
 def network_content(spec: dict, network: nn.Module, **extra) -> dict:
     """The content of a checkpoint of `network`: tensors on the CPU, in the default memory layout."""
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
-    return {"model": dict(spec), "state_dict": tensors, **extra}
+    return {"model": dict(spec), "state_dict": tensors} | extra
 
 
 def copy(source: Path, target: Path) -> None:
@@ -161,8 +152,7 @@ def read(path: Path) -> dict:
         unpacking = f"run_scoring.py --t-model {path} --unpack FILE.pt"
         raise UserError(f"{path}: is a packed file; make a checkpoint of it with {unpacking}")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd pickles; what matters becomes an error
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = untrusted.load(path)
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
@@ -173,7 +163,9 @@ def read(path: Path) -> dict:
 
 
 def _damage(path: Path, error: Exception) -> str:
-    """Say in plain words why `torch.load` failed with `error`."""
+    """Say in plain words why reading failed with `error`."""
+    if isinstance(error, untrusted.Refused):
+        return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"can't be read ({error.strerror})"
     if kept_out := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -279,13 +271,12 @@ def _identified(state_dict: dict, path: Path) -> dict:
 def _check_values(state_dict: dict, path: Path) -> None:
     """Raise a UserError unless all tensors are plain and finite."""
     for name, tensor in state_dict.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        counts = name.endswith("num_batches_tracked")
+        right_type = tensor.dtype == torch.int64 if counts else tensor.is_floating_point()
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not right_type:
             kind = f"{tensor.layout} of {tensor.dtype} on {tensor.device}".replace("torch.", "")
-            raise UserError(f"{path}: {name} is {kind}, not a plain tensor of floating point numbers")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path}: {name} claims more values than the file holds; {_another(path)}")
+            wanted = "whole numbers (int64)" if counts else "floating point numbers"
+            raise UserError(f"{path}: {name} is {kind}, not a plain tensor of {wanted}")
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path}: {name} holds NaN or infinite values; take an earlier checkpoint")
 
@@ -294,7 +285,7 @@ def _usable(extra: dict) -> dict:
     """`extra` without a data set or an image size that no program here could have written."""
     valid = {
         "dataset": lambda name: name in DATASETS,
-        "image_size": lambda size: type(size) is int and size > 0,
+        "image_size": lambda size: type(size) is int and 0 < size <= MAX_IMAGE_SIZE,
     }
     return {key: value for key, value in extra.items() if key not in valid or valid[key](value)}
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine import UserError
-from engine.checkpoint import write_whole
+from engine.files import write_whole
 
 
 class Packed(NamedTuple):

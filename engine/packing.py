@@ -38,8 +38,9 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from engine import DATASETS, UserError, coding
-from engine.checkpoint import Checkpoint, write_whole
+from engine import DATASETS, MAX_IMAGE_SIZE, UserError, coding
+from engine.checkpoint import Checkpoint
+from engine.files import write_whole
 from model import MICRONETS
 from model.identify import expected_state_dict, mismatches
 from model.layers import is_ternary
@@ -52,7 +53,6 @@ BLANK = "0" * 64  # stands for the digest while it is computed
 MAX_WEIGHTS = 2**27  # seven times those of EfficientNet-B4
 MAX_BYTES = 4 * MAX_WEIGHTS
 MAX_HEADER = 2**16  # bytes
-MAX_IMAGE_SIZE = 2**16  # pixels
 
 Streams = dict[str, np.ndarray]
 STREAMS = {

@@ -1,18 +1,22 @@
 """Training one network from scratch: SGD with Nesterov momentum, the best epoch kept."""
 
+import warnings
 from argparse import Namespace
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
-from engine.checkpoint import network_content, save
+from engine.checkpoint import expecting, network_content, save
 from engine.data import Data
 from engine.device import Machine
 from engine.evaluation import evaluate
 from engine.report import say
+from engine.restore import restore_network, restore_optimizer
 from engine.runs import Run
 from engine.training import Diverged, derived_seed, train_epoch
+
+RECORD = {"epoch": int, "lr": float, "train_loss": float, "val_loss": float, "accuracy": float}  # of an epoch
 
 
 def schedule(optimizer: torch.optim.Optimizer, data: Data, epochs: int) -> LRScheduler:
@@ -37,17 +41,19 @@ def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Na
         nesterov=args.momentum > 0,
         fused=True,
     )
-    scheduler = schedule(optimizer, data, args.epochs)
-    for _ in range(args.start_epoch):
-        scheduler.step()
     first, best = args.start_epoch, {"epoch": None, "accuracy": 0.0}
     if run.state:
-        network.load_state_dict(run.state["network"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        scheduler.load_state_dict(run.state["scheduler"])
-        first, best = run.state["epoch"], run.state["best"]
+        with expecting(run.last, "the state of this run"):
+            restore_network(network, run.state["network"])
+            restore_optimizer(optimizer, run.state["optimizer"])
+            run.check(RECORD, "best.pt")
+            first, best = min(max(0, run.history[-1]["epoch"]), args.epochs), run.best
         say(f"  continuing after epoch {first}")
 
+    scheduler = schedule(optimizer, data, args.epochs)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a schedule ahead of its optimizer
+        for _ in range(first):
+            scheduler.step()
     runner = machine.runner(network)
     for epoch in range(first, args.epochs):
         lr = scheduler.get_last_lr()[0]
@@ -71,16 +77,7 @@ def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Na
             best = record
             extra = {"dataset": data.name, "image_size": data.image_size, "accuracy": validation.accuracy}
             save(network_content(spec, network, **extra), run.folder / "best.pt")
-        run.save_epoch(
-            record,
-            {
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "epoch": epoch + 1,
-                "best": best,
-            },
-        )
+        run.save_epoch(record, {"network": network.state_dict(), "optimizer": optimizer.state_dict()})
         say(
             f"  epoch {epoch + 1:3d}/{args.epochs}  lr {lr:.4f}  train loss {loss:.4f}  "
             f"val loss {validation.loss:.4f}  accuracy {validation.accuracy:5.2f}%  best {best['accuracy']:5.2f}%"

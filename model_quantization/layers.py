@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.restore import check_alike
 from model_quantization import ec2t
 from model_quantization.ec2t import Extent
 
@@ -196,7 +197,11 @@ class TernaryLayers:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a `state_dict` of the same network and names."""
+        """Take over a `state_dict` of the same network and names; ValueError where it is another's."""
+        for name in ("weights", "assignment", "centroids"):
+            check_alike(name, state[name], getattr(self, name))
+        if state["assignment"].amax() > 1 or state["assignment"].amin() < -1:
+            raise ValueError("assignment holds other values than -1, 0 and 1")
         self.weights.copy_(state["weights"])
         self.assignment.copy_(state["assignment"])
         self.centroids.copy_(state["centroids"])

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from engine.restore import restore_optimizer
 from model_quantization.layers import TernaryLayers
 
 
@@ -57,5 +58,5 @@ class EC2TOptimizer:
         return {"adam": self.adam.state_dict(), "layers": self.layers.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.adam.load_state_dict(state["adam"])
+        restore_optimizer(self.adam, state["adam"])
         self.layers.load_state_dict(state["layers"])

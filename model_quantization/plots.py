@@ -1,5 +1,6 @@
 """Plots of what ternarization did to a network."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from engine.files import write_whole  # noqa: E402
 from engine.rulers.tally import Task  # noqa: E402
 from engine.runs import Run  # noqa: E402
 
@@ -105,6 +107,8 @@ def _stack(axes: plt.Axes, shares: np.ndarray, colours: tuple[str, ...], labels:
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
     plt.close(figure)
+    write_whole(picture.getbuffer(), path)
     return path

@@ -7,14 +7,18 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from engine.checkpoint import Checkpoint, find, read, read_network, save, wanted_spec
+import torch
+
+from engine.checkpoint import Checkpoint, expecting, find, read_network, save, wanted_spec
 from engine.data import Data, load_data
 from engine.device import Machine, choose_machine
 from engine.distributed import is_first
 from engine.evaluation import evaluate
+from engine.files import hold
 from engine.memory import peak_memory, say_peak_memory
 from engine.preprocessing import preprocessing_of
 from engine.report import say, table
+from engine.restore import check_alike
 from engine.rulers import challenge, published
 from engine.rulers.tally import Task, Widths, task_of
 from engine.runs import Run, resume_from, write_text
@@ -55,19 +59,26 @@ def run(args: Namespace) -> int:
     if not is_first():
         return 0
 
+    with hold(save_dir / f"{path.stem}_sweep.lock", wait=True):  # so that no shard's table lacks what another finished
+        compare(runs, path, data, args)
+    say_peak_memory()
+    return 0
+
+
+def compare(runs: list[Run], path: Path, data: Data, args: Namespace) -> None:
+    """Compare all finished runs; write the table, the plots and the best network beside them."""
+    (shard, shards), save_dir = args.shard, Path(args.save_dir)
     task = task_of(data.name)
     finished = [run for run in runs if run.result]
     results = [run.result for run in finished]
     if not results:
         say(f"\nShard {shard}/{shards} has no pair of this grid, and none is finished yet")
-        say_peak_memory()
-        return 0
+        return
     best = select(results, args.select, task)
     say("\n" + comparison(results, best))
     best_path, stem = save_dir / "Ternary_best_acc.pt", save_dir / path.stem
-    content = read(best_file(finished[best]))
-    del content["layers"]
-    save(content, best_path)
+    content = read_best(finished[best], results[best]["phase"])
+    save({key: value for key, value in content.items() if key != "layers"}, best_path)
     write_text(stem.with_name(f"{stem.name}_sweep.json"), json.dumps(results, indent=2) + "\n")
     pictures = [
         plot_sweep(results, best, task if data.name == task.key else None, stem.with_name(f"{stem.name}_sweep.png")),
@@ -77,8 +88,6 @@ def run(args: Namespace) -> int:
     row = results[best]
     say(f"Best by {args.select}: s {row['s']:g}, g {row['g']:g}, {row['accuracy']:.2f}%, "
         f"{row['zeros']:.2f}% zeros -> {best_path}")
-    say_peak_memory()
-    return 0
 
 
 def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -> Data:
@@ -107,9 +116,18 @@ def point_run(save_dir: Path, s: float, g: float, checkpoint: Checkpoint, data: 
     return Run(save_dir, f"{checkpoint.path.stem}_s{s:g}_g{g:g}", arguments)
 
 
-def best_file(run: Run) -> Path:
-    """The best network of a finished run."""
-    return run.folder / f"best_{run.result['phase']}.pt"
+def read_best(run: Run, phase: str) -> dict:
+    """Read the best network of a phase, checked to be whole: tensors, assignments and centroids by layer."""
+    path = run.folder / f"best_{phase}.pt"
+    checkpoint = read_network(path)
+    with expecting(path, "the best network of this run"):
+        assignments, centroids = checkpoint.extra["assignments"], checkpoint.extra["centroids"]
+        if not assignments or assignments.keys() != centroids.keys():
+            raise ValueError("assignments and centroids of different layers")
+        for name, assignment in assignments.items():
+            check_alike(name, assignment, checkpoint.state_dict[name].to(torch.int8))
+            check_alike(name, centroids[name], torch.zeros(2))
+    return {"model": checkpoint.spec, "state_dict": checkpoint.state_dict, **checkpoint.extra}
 
 
 def run_point(
@@ -128,12 +146,12 @@ def run_point(
         best |= {"seconds": time.monotonic() - start, "peak_memory": peak_memory()}
         run.finish({"s": s, "g": g, **best, **scored(run, best, data)})
     if args.plot_ternarization and is_first():
-        say(f"  plot: {plot_ternarization(read(best_file(run)), run)}")
+        say(f"  plot: {plot_ternarization(read_best(run, run.result['phase']), run)}")
 
 
 def scored(run: Run, best: dict, data: Data) -> dict:
     """What the best network counts as at 16 bit on the `published` ruler, or `challenge` where that has no form."""
-    content = read(run.folder / f"best_{best['phase']}.pt")
+    content = read_best(run, best["phase"])
     network = build(content["model"])
     network.load_state_dict(content["state_dict"])
     name = content["model"]["name"]

@@ -7,12 +7,13 @@ from pathlib import Path
 from torch import nn
 
 from engine import UserError
-from engine.checkpoint import Checkpoint, network_content, read, save
+from engine.checkpoint import Checkpoint, expecting, network_content, read, save
 from engine.data import Data
 from engine.device import Machine
 from engine.distributed import wait_for_all
 from engine.evaluation import evaluate
 from engine.report import say
+from engine.restore import restore_network
 from engine.runs import Run
 from engine.training import Diverged, derived_seed, train_epoch
 from model.layers import is_ternary, pruning_candidates, ternary_candidates
@@ -21,6 +22,10 @@ from model_quantization.optimizer import EC2TOptimizer
 
 TERNARIZE, RETRAIN = 0, 1
 PHASES = ("ternarize", "retrain")
+RECORD = {  # of an epoch
+    **{"phase": str, "epoch": int, "lr": float, "train_loss": float | None, "val_loss": float},
+    **{"accuracy": float, "zeros": float, "entropy": float},
+}
 
 
 def zeros_percent(network: nn.Module) -> float:
@@ -60,8 +65,8 @@ class Point:
         """
         try:
             if self.run.state:
-                self.best = self.run.state["best"]
-                phase, epoch = self.run.state["phase"], self.run.state["epoch"]
+                with expecting(self.run.last, "the state of this run"):
+                    phase, epoch = self._progress()
                 say(f"  continuing after epoch {epoch} of phase {PHASES[phase]!r}")
                 self._train_phase(phase, epoch, self.run.state)
             else:
@@ -77,6 +82,13 @@ class Point:
             return {**self.best, "diverged": str(error)}
         return self.best
 
+    def _progress(self) -> tuple[int, int]:
+        """Phase and epoch of the last whole epoch of an earlier process."""
+        self.run.check(RECORD)
+        self.best, last = self.run.best, self.run.history[-1]
+        self.run.check(RECORD, *{self.best_file(phase).name for phase in (PHASES[TERNARIZE], self.best["phase"])})
+        return PHASES.index(last["phase"]), max(0, last["epoch"])
+
     def best_file(self, phase: str) -> Path:
         """The best network of a phase; separate files, so that a resumed run finds the first phase's."""
         return self.run.folder / f"best_{phase}.pt"
@@ -87,8 +99,9 @@ class Point:
         self.layers.frozen = phase == RETRAIN
         optimizer = EC2TOptimizer(self.layers, self.others, self.args.lr, self.args.lr2, self.args.weight_decay)
         if state:
-            optimizer.load_state_dict(state["optimizer"])
-            self.network.load_state_dict(state["network"])
+            with expecting(self.run.last, "the state of this run"):
+                optimizer.load_state_dict(state["optimizer"])
+                restore_network(self.network, state["network"])
         elif phase == TERNARIZE:
             self._finish_epoch(phase, 0, None, optimizer)
         for epoch in range(first, epochs):
@@ -124,14 +137,7 @@ class Point:
                 **self.layers.by_layer(),
             )
             save(content | {"layers": self.layers.state_dict()}, self.best_file(PHASES[phase]))
-        state = {
-            "phase": phase,
-            "epoch": epoch,
-            "network": self.network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "best": self.best,
-        }
-        self.run.save_epoch(record, state)
+        self.run.save_epoch(record, {"network": self.network.state_dict(), "optimizer": optimizer.state_dict()})
         say(
             f"  {PHASES[phase]:<9} {epoch:3d}  train loss {'   -  ' if loss is None else f'{loss:.4f}'}  "
             f"val loss {validation.loss:.4f}  accuracy {validation.accuracy:6.2f}%  zeros {record['zeros']:5.2f}%  "
@@ -141,6 +147,8 @@ class Point:
     def _load_best(self) -> None:
         """Load the best epoch's network, assignments and centroids of the first phase."""
         wait_for_all()
-        content = read(self.best_file(PHASES[TERNARIZE]))
-        self.network.load_state_dict(content["state_dict"])
-        self.layers.load_state_dict(content["layers"])
+        path = self.best_file(PHASES[TERNARIZE])
+        content = read(path)
+        with expecting(path, "the best network of this run"):
+            restore_network(self.network, content["state_dict"])
+            self.layers.load_state_dict(content["layers"])

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from engine import UserError
-from engine.checkpoint import find, network_content, read, read_network, save, scaled, wanted_spec, write_whole
+from engine.checkpoint import find, network_content, read, read_network, save, scaled, wanted_spec
+from engine.files import write_whole
 from engine.runs import Run, resume_from
 from model import build
 
@@ -155,7 +156,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path, monkeypatch):
     path.write_bytes(b"old")
     monkeypatch.setattr(os, "fsync", lambda handle: seen.append((path.read_bytes(), os.fstat(handle).st_size)))
     write_whole(b"newer", path)
-    assert seen == [(b"old", 5)] and path.read_bytes() == b"newer"
+    assert seen[0] == (b"old", 5) and path.read_bytes() == b"newer"
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path):
@@ -255,7 +256,7 @@ BAD_TENSORS = {
     "missing": ({"layer1.0.conv1.weight": None}, "layer1.0.conv1.weight is missing"),
     "surplus": ({"head.weight": torch.zeros(3)}, "head.weight is not of this network"),
     "of another width": ({"bn1.bias": torch.zeros(16)}, "bn1.bias is 16 where 8 is needed"),
-    "of absurd size": ({"bn1.bias": torch.zeros(1).expand(2**50)}, f"bn1.bias is {2**50} where 8 is needed"),
+    "of absurd size": ({"bn1.bias": torch.zeros(1).expand(2**50)}, "bn1.bias claims more values"),
 }
 
 

@@ -304,7 +304,7 @@ def test_ctrl_c_in_training_leaves_a_resumable_run(data, make_folders, tmp_path)
         "continues after the last whole epoch\n"
     )
     (last,) = tmp_path.glob("runs/*/last.pt")
-    assert torch.load(last, weights_only=True)["state"]["epoch"] >= 2
+    assert torch.load(last, weights_only=True)["history"][-1]["epoch"] >= 2
     assert not list(tmp_path.glob("runs/*/.*")), "temporary files are left"
 
 
