@@ -66,3 +66,16 @@ def make_folders(tmp_path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> bytes:
+    """The packed file of a small network with tensors of every kind."""
+    from packed_files import mixed
+
+    from engine.packing import Kind, write_packed
+
+    path = tmp_path_factory.mktemp("packed") / "mixed.safetensors"
+    report = write_packed(mixed(), path)
+    assert {layer.kind for layer in report.layers} == set(Kind)
+    return path.read_bytes()
