@@ -14,6 +14,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; programs started here inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 CHANNELS = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "CMYK": (4,)}
 
 
