@@ -65,8 +65,9 @@ def run(args: Namespace) -> int:
     del content["layers"]
     save(content, best_path)
     write_text(stem.with_name(f"{stem.name}_sweep.json"), json.dumps(results, indent=2) + "\n")
+    own_task = task.is_solved_by(data.name, len(data.classes))
     pictures = [
-        plot_sweep(results, best, task if data.name == task.key else None, stem.with_name(f"{stem.name}_sweep.png")),
+        plot_sweep(results, best, task if own_task else None, stem.with_name(f"{stem.name}_sweep.png")),
         plot_layers(content["assignments"], results[best], stem.with_name(f"{stem.name}_layers.png")),
     ]
     say(f"\nPlots: {' '.join(map(str, pictures))}")
