@@ -65,7 +65,7 @@ def draw(curves: dict[str, list[dict]], baseline: float, title: str, path: Path)
                 text, (p["zeros"], p["accuracy"]), xytext=(4, 5), textcoords="offset points", fontsize=8, color=colour
             )
     axes.set(xlabel="zeros (% of all parameters)", ylabel="accuracy (%)", title=title, ylim=(-3, 100))
-    axes.legend(loc="upper right")
+    axes.legend(loc="center right")
     figure.savefig(path, dpi=100)
 
 
@@ -88,14 +88,14 @@ def main() -> None:
     baseline = evaluate(machine.place(checkpoint.network()), data, machine).accuracy
     say(f"{model}: {baseline:.2f}% of {data.num_val_images:,} images as published")
     curves = {
-        "classifier pruned": [point(checkpoint, data, machine, s, PRUNING_G, None, True) for s in PRUNING_S],
-        **{
-            f"largest convolutions ternary, g {g:g}": [
-                point(checkpoint, data, machine, TERNARY_S, g, number, False) for number in LARGEST
-            ]
-            for g in TERNARY_G
-        },
+        f"classifier pruned, g {PRUNING_G:g}": [
+            point(checkpoint, data, machine, s, PRUNING_G, None, prune=True) for s in PRUNING_S
+        ]
     }
+    for g in TERNARY_G:
+        curves[f"n largest convolutions ternary, s {TERNARY_S:g}, g {g:g}"] = [
+            point(checkpoint, data, machine, TERNARY_S, g, number, prune=False) for number in LARGEST
+        ]
     draw(curves, baseline, f"{model} on {data.num_val_images:,} validation images, no training", args.out)
     args.out.with_suffix(".json").write_text(json.dumps({"baseline": baseline, **curves}, indent=2) + "\n")
 

@@ -80,8 +80,9 @@ def compare(runs: list[Run], path: Path, data: Data, args: Namespace) -> None:
     content = read_best(finished[best], results[best]["phase"])
     save({key: value for key, value in content.items() if key != "layers"}, best_path)
     write_text(stem.with_name(f"{stem.name}_sweep.json"), json.dumps(results, indent=2) + "\n")
+    own_task = task.is_solved_by(data.name, len(data.classes))
     pictures = [
-        plot_sweep(results, best, task if data.name == task.key else None, stem.with_name(f"{stem.name}_sweep.png")),
+        plot_sweep(results, best, task if own_task else None, stem.with_name(f"{stem.name}_sweep.png")),
         plot_layers(content["assignments"], results[best], stem.with_name(f"{stem.name}_layers.png")),
     ]
     say(f"\nPlots: {' '.join(map(str, pictures))}")

@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
         )
     say(listing(tallies[args.accounting]))
     evaluation = evaluate_network(network, checkpoint, dataset, image_size, args) if args.eval else None
-    say(summary(tallies, task, dataset, evaluation))
+    say(summary(tallies, task, dataset, checkpoint.spec["num_classes"], evaluation))
     report = {
         "checkpoint": str(path),
         "model": checkpoint.spec,
@@ -185,7 +185,9 @@ def _amounts(numel: float, nonzero: float) -> tuple[str, str]:
     return (f"{numel:,.0f}", f"{100 * (1 - nonzero / numel):.2f}%") if numel else ("", "")
 
 
-def summary(tallies: dict[str, Tally], task: Task, dataset: str, evaluation: Evaluation | None) -> str:
+def summary(
+    tallies: dict[str, Tally], task: Task, dataset: str, classes: int, evaluation: Evaluation | None
+) -> str:
     """The totals of every ruler, the score against the task's baseline, the accuracy against its threshold."""
     headers = ["ruler", "bits (value/mul/add)", "params", "zeros", "scoring params", "MB", "MFLOP", "score"]
     rows = [
@@ -201,12 +203,12 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, evaluation: Eva
         ]
         for name, tally in tallies.items()
     ]
-    own_task = dataset == task.key
+    own_task = task.is_solved_by(dataset, classes)
     lines = [
         "\nSummary",
         table(headers, rows),
         f"Baseline   {task.name}: {count(task.base_params)} params, {count(task.base_ops)} operations"
-        + ("" if own_task else f" ({dataset} is no task of the challenge)"),
+        + ("" if own_task else f" ({dataset} with {classes} classes is no task of the challenge)"),
         f"Threshold  {task.correct:,} of {task.images:,} right on {task.name}",
     ]
     if evaluation:

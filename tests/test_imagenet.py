@@ -23,6 +23,7 @@ from engine import UserError, memory
 from engine.checkpoint import Checkpoint, network_content, read, read_network, save
 from engine.data import load_data
 from engine.memory import MIB, peak_memory
+from engine.rulers.tally import task_of
 from model import build
 from model.layers import is_ternary, pruning_candidates, ternary_candidates
 from model_compound_scaling.arguments import parser as scaling_parser
@@ -193,6 +194,7 @@ def test_imagenet_micronet_walks_through_all_stages(make_folders, tmp_path, caps
     ternary = quantize(tmp_path / "best_model.pt", path, tmp_path / "q", "--epochs", "1", "--retrain-epochs", "1")
     assert score(ternary, path, "--eval", "--strict") == 0
     assert "tells" not in (said := capsys.readouterr().out) and said.count("Peak memory: ") == 3
+    assert "ImageNet with 2 classes is no task of the challenge" in said and "the threshold" not in said
     assert said.splitlines()[-1].startswith("Peak memory: ")
     results = [json.loads(file.read_text()) for file in tmp_path.rglob("result.json")]
     assert len(results) == 2 and all(result["peak_memory"]["resident"] > 50 * MIB for result in results)
@@ -350,3 +352,10 @@ def test_checkpoints_without_counters_get_a_new_classifier_too(resnet):
     surplus = {**checkpoint.state_dict, "layer9.num_batches_tracked": torch.tensor(1)}
     checkpoint = Checkpoint(resnet, checkpoint.spec, surplus)
     assert checkpoint.with_classes(PETS, "folder", "pets", 0).network().linear.out_features == 2
+
+
+@pytest.mark.parametrize(
+    "dataset, classes, its_own", [("ImageNet", 1000, True), ("ImageNet", 10, False), ("CIFAR100", 100, True)]
+)
+def test_ten_classes_of_imagenet_are_not_its_task(dataset, classes, its_own):
+    assert task_of(dataset).is_solved_by(dataset, classes) is its_own

@@ -19,6 +19,7 @@ class Task:
     """A task of the MicroNet Challenge: its baseline network's size, and the accuracy to hold."""
 
     name: str
+    classes: int
     base_params: float
     base_ops: float
     correct: int
@@ -29,14 +30,18 @@ class Task:
         """The task's name as `--dataset` knows it."""
         return self.name.replace("-", "")
 
+    def is_solved_by(self, dataset: str, classes: int) -> bool:
+        """Whether telling `classes` classes of `dataset` apart is this task; ten classes of ImageNet are another."""
+        return dataset == self.key and classes == self.classes
+
     @property
     def threshold_percent(self) -> float:
         return 100 * self.correct / self.images
 
 
 TASKS = {
-    "CIFAR-100": Task("CIFAR-100", 36.5e6, 10.49e9, 8_000, 10_000),
-    "ImageNet": Task("ImageNet", 6.9e6, 1170e6, 37_500, 50_000),
+    "CIFAR-100": Task("CIFAR-100", 100, 36.5e6, 10.49e9, 8_000, 10_000),
+    "ImageNet": Task("ImageNet", 1000, 6.9e6, 1170e6, 37_500, 50_000),
 }
 
 
