@@ -99,7 +99,7 @@ def expecting(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: is not {what} ({reason}); --no-resume starts the run afresh") from None
 
 
-def network_content(spec: dict, network: nn.Module, **extra) -> dict:
+def network_content(spec: dict, network: nn.Module, /, **extra) -> dict:
     """The content of a checkpoint of `network`: tensors on the CPU, in the default memory layout."""
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
     return {"model": dict(spec), "state_dict": tensors} | extra
@@ -215,7 +215,7 @@ def read_network(path: Path, wanted: dict | None = None) -> Checkpoint:
     _check_values(state_dict, path)
     if wanted:
         check_wanted(wanted, spec, state_dict, path)
-    extra = {key: value for key, value in content.items() if key not in ("model", "state_dict")}
+    extra = {key: value for key, value in content.items() if type(key) is str and key not in ("model", "state_dict")}
     return Checkpoint(path, spec, state_dict, _usable(extra) if "state_dict" in content else {})
 
 

@@ -80,8 +80,9 @@ def launch(parser: Parser, program: str) -> None:
                 code, line = _ending(error, args)
                 if code == EXIT_BUG and not line:
                     raise
-                if isinstance(error, OSError) and error.filename is None:  # the console took no more
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes on exit
+                if isinstance(error, OSError) and error.filename is None:  # perhaps the console took no more
+                    with suppress(OSError):  # for what Python flushes on exit
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     parser.exit(code, line and parser.line(line))
 
 

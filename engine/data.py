@@ -10,7 +10,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -335,6 +335,8 @@ def _open(path: str) -> Image.Image:
             if image.mode == "P":  # Pillow warns of a palette with transparency unless that is kept at first
                 image = image.convert("RGBA")
             return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: is gone; put it back, or begin a run without it") from None
     except Exception as error:  # decoders raise whatever the damaged bytes lead to
         raise UserError(f"{path}: does not decode as an image ({error}); mend or remove it") from None
 
@@ -383,9 +385,14 @@ def _read_digits(size: int, held_out: bool) -> tuple[Tensor, Tensor]:
 
 def _torchvision(name: str, path: Path, train: bool) -> datasets.VisionDataset:
     """Open one of torchvision's data sets, downloading it where there is a network."""
+    folders = [path / name / "raw", path / name, path]
+    made_here = [folder for folder in folders if not folder.exists()]
     try:
         return getattr(datasets, name)(path, train=train, download=True)
     except Exception as error:  # of the network, of archives, of damaged files
+        for folder in made_here:
+            with suppress(OSError):  # it is not there, or holds something
+                folder.rmdir()
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path}: {name} can't be read there, nor downloaded ({reason[:100]}); pass the folder that holds the set, "

@@ -72,6 +72,8 @@ class Run:
         if resume and self.last.is_file():
             try:
                 content = _read_state(self.last)
+                if content["arguments"] != self.arguments:
+                    raise UserError(f"{self.last}: is of a run with other arguments ({self.difference(self.last)})")
             except UserError as error:
                 raise UserError(f"{error}; --no-resume starts this run afresh") from None
             self.state, self.history = content["state"], content["history"]

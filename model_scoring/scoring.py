@@ -92,7 +92,7 @@ def load(path: Path, args: Namespace) -> tuple[Checkpoint, nn.Module]:
         outputs = list(state_dict.values())[-1].shape[0]
         return Checkpoint(path, {"name": args.model, "num_classes": outputs}, state_dict), network.eval()
     wanted = wanted_spec(args.model, args.dw_multps, args.phi)
-    if is_packed(path):
+    if is_packed(path) or path.suffix == ".safetensors":
         checkpoint = read_packed(path)
         check_wanted(wanted, checkpoint.spec, checkpoint.state_dict, path)
     else:

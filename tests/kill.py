@@ -98,7 +98,8 @@ def kill_all(folder: Path, kills: int, draw: random.Random, fresh: bool) -> int:
             if finished:
                 chains += 1
                 failures += [f"{program}: {what}" for what in differences(whole[program], snapshot(work))]
-    print(f"{done} kills ({', '.join(f'{n} {name}' for name, n in sorted(signals.items()))}), {chains} chains of starts")
+    kinds = ", ".join(f"{n} {name}" for name, n in sorted(signals.items()))
+    print(f"{done} kills ({kinds}), {chains} chains of starts")
     print(f"exit codes: {', '.join(f'{code}: {n}' for code, n in sorted(endings.items()))}")
     print("\n".join(failures) or f"all {chains} ended in the bytes of an uninterrupted run; every network was readable")
     return bool(failures)
@@ -139,6 +140,7 @@ class Child:
 def become(program: str, work: str, number: int, access: int) -> None:
     """Turn this process into the program; never returns."""
     os.chdir(work)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     output = os.open("stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     errors = os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(errors, 2)
@@ -168,7 +170,7 @@ def become(program: str, work: str, number: int, access: int) -> None:
 
 
 def flaws(work: Path, child: Child, plan: dict, code: int) -> list[str]:
-    """What is wrong after a kill: an exit code or a message that does not belong to it, a network that can't be read."""
+    """What is wrong after a kill: an exit code or a message that is not the signal's, a network that can't be read."""
     from engine import UserError
     from engine.checkpoint import read
 
