@@ -140,7 +140,8 @@ class Child:
 def become(program: str, work: str, number: int, access: int) -> None:
     """Turn this process into the program; never returns."""
     os.chdir(work)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
+    # a shell ignores it for what runs in the background, and Python shows tracebacks until the program listens
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     output = os.open("stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     errors = os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(errors, 2)
@@ -176,7 +177,7 @@ def flaws(work: Path, child: Child, plan: dict, code: int) -> list[str]:
 
     said = child.log.read_text()
     number = plan.get("signal", 0)
-    # before the program listens to signals the system's answer counts; SIGKILL and SIGTERM then leave no line
+    # before the program listens to signals they end it without a line
     found = [] if code in (0, -number, 128 + number) else [f"exit code {code} after signal {number}: {said[-2000:]}"]
     if code == 128 + number and number and (said.count("\n") != 1 or "Traceback" in said):
         found.append(f"says after signal {number}: {said}")
