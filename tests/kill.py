@@ -5,7 +5,7 @@
 
 Each start is killed by SIGKILL, SIGTERM or SIGINT, at a random time or just before its n-th access to a file of its
 results (opening, renaming, removing). After each kill every network that is there must be readable; in the end all
-files must be those of an uninterrupted run, byte by byte (the seconds that a run took aside), and no others.
+files must be those of an uninterrupted run, byte by byte (what a run took of time and memory aside), and no others.
 Processes are forked from one that has imported everything; with --fresh each is a Python of its own.
 """
 
@@ -191,8 +191,7 @@ def flaws(work: Path, child: Child, plan: dict, code: int) -> list[str]:
 
 
 def snapshot(work: Path) -> dict[str, bytes]:
-    """All files that the program wrote, by path, without the seconds that runs took and the processes that held locks.
-    """
+    """All files that the program wrote, by path, without what a run took of time and memory, and without locks."""
     files = {}
     for folder in RESULTS:
         for path in sorted((work / folder).rglob("*")):
@@ -206,7 +205,8 @@ def timeless(path: Path) -> bytes:
         return path.read_bytes()
     content = json.loads(path.read_text())
     for record in content if isinstance(content, list) else [content]:
-        record.pop("seconds", None)
+        for cost in ("seconds", "peak_memory"):
+            record.pop(cost, None)
     return json.dumps(content).encode()
 
 

@@ -253,7 +253,7 @@ def test_bad_command_lines_end_with_one_line(command, said, files, monkeypatch, 
 
 SAMPLE = [
     (SCALING + "--grid 1.4", "1 numbers are no pairs"),
-    (QUANTIZATION + "--data-path {0}/three", "tells 2 classes apart, but folder in "),
+    (QUANTIZATION + "--data-path {0}/unequal", "cow is missing in {0}/unequal/train"),
     (SCORING + "--t-model {0}/truncated.pt", "{0}/truncated.pt: is truncated or damaged"),
 ]
 
