@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import distributed
+from engine import UserError, distributed
 from engine.report import say
 
 BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of CPUs that multiply bfloat16 in hardware
@@ -61,6 +61,11 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
     else:
         device = torch.device("cuda" if on_gpu else "cpu")
     amp = fastest_arithmetic(device) if amp == "auto" else amp
+    if on_gpu and compile and distributed.world_size() == 1 < torch.cuda.device_count():
+        raise UserError(
+            f"--compile on {torch.cuda.device_count()} GPUs needs one process a GPU: start the program with torchrun "
+            f"--nproc_per_node={torch.cuda.device_count()}, or let CUDA_VISIBLE_DEVICES name one GPU"
+        )
     if on_gpu:
         torch.backends.cudnn.benchmark = True
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

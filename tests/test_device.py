@@ -1,0 +1,61 @@
+"""Which device and which arithmetic a program takes, on machines that this one may not be."""
+
+import pytest
+import torch
+
+from engine import UserError, device
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that pretends that there are so many GPUs."""
+
+    def pretend(number: int, bf16: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+
+    return pretend
+
+
+def test_gpus_are_taken_and_named_unless_unwanted(gpus, capsys):
+    gpus(2)
+    assert device.choose_machine(cuda=True).device.type == "cuda"
+    assert device.choose_machine(cuda=False).device.type == "cpu"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["Running on 2 GPUs: GPU 0, GPU 1, 32 bit", "Running on the CPU (--no-cuda), 32 bit"]
+
+
+@pytest.mark.parametrize("bf16, amp", [(True, "bf16"), (False, "fp16")])
+def test_auto_is_what_the_gpu_is_fast_in(gpus, bf16, amp):
+    gpus(1, bf16)
+    assert device.choose_machine(cuda=True, amp="auto").amp == amp
+    assert device.choose_machine(cuda=True, amp="off").amp == "off"
+
+
+@pytest.mark.parametrize("capability, amp", [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "off")])
+def test_auto_is_what_the_cpu_is_fast_in(monkeypatch, capability, amp):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True, "l2_cache_size": 1}, raising=False)
+    assert device.choose_machine(cuda=False, amp="auto").amp == amp
+
+
+def test_compiling_for_several_gpus_needs_torchrun(gpus):
+    gpus(2)
+    with pytest.raises(UserError, match="torchrun --nproc_per_node=2, or let CUDA_VISIBLE_DEVICES name one GPU"):
+        device.choose_machine(cuda=True, compile=True)
+    gpus(1)
+    assert device.choose_machine(cuda=True, compile=True).compile
+
+
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
+    gpus(1)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"2 or more processes on a machine with 1 GPU\(s\)"):
+        device.choose_machine(cuda=True)
+
+
+def test_only_float16_scales_its_gradients():
+    cpu = torch.device("cpu")
+    assert [device.Machine(cpu, amp).gradient_scaler().is_enabled() for amp in ("off", "bf16", "fp16")] == [0, 0, 1]
