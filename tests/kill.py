@@ -86,8 +86,7 @@ def kill_all(folder: Path, kills: int, draw: random.Random, fresh: bool) -> int:
                     plan, at_access = {}, True  # the last start of each chain is left alone
                 child = Child(program, work, folder / "tiny.pt", fresh=fresh, **plan)
                 if not at_access:
-                    time.sleep(draw.uniform(0, seconds[program]))
-                    child.send(plan["signal"])
+                    child.send(plan["signal"], draw.uniform(0, seconds[program]))
                 code = child.wait()
                 finished = code == 0
                 endings[code] += 1
@@ -111,8 +110,9 @@ class Child:
     def __init__(self, program: str, work: Path, network: Path, fresh: bool, signal: int = 0, access: int = 0):
         work.mkdir(exist_ok=True)
         shutil.copy(network, work / "tiny.pt")
-        self.log = work / "stderr"
-        self.log.unlink(missing_ok=True)
+        self.log, self.began = work / "stderr", work / "stdout"
+        for old in (self.log, self.began):
+            old.unlink(missing_ok=True)
         plan = {"program": program, "work": str(work), "number": int(signal), "access": access}
         if fresh:
             self.pid = subprocess.Popen([sys.executable, __file__, "--child", json.dumps(plan)]).pid
@@ -121,7 +121,11 @@ class Child:
         else:
             self.pid = pid
 
-    def send(self, number: int) -> None:
+    def send(self, number: int, seconds: float) -> None:
+        """Send a signal some time after the program began."""
+        while not self.began.exists():
+            time.sleep(0.005)
+        time.sleep(seconds)
         os.kill(self.pid, number)
 
     def wait(self) -> int:
@@ -142,8 +146,8 @@ def become(program: str, work: str, number: int, access: int) -> None:
     os.chdir(work)
     # a shell ignores it for what runs in the background, and Python shows tracebacks until the program listens
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    output = os.open("stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     errors = os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    output = os.open("stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(errors, 2)
     count = 0
 

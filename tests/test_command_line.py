@@ -190,7 +190,10 @@ def test_an_interruption_of_training_leaves_a_resumable_run(data, sent, said, ma
         f"run_compound_scaling.py --no-cuda --dataset folder --data-path {path} --image-size 8 --grid 0.1 0.3 "
         f"--phi 1 --epochs 5000 --batch-size 4 --workers 2 --save-dir {tmp_path}/runs"
     )
-    process = start(command, start_new_session=True)  # Ctrl-C reaches the whole group, workers too
+    def heed_ctrl_c() -> None:  # a shell ignores it for what runs in the background, these tests perhaps
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = start(command, start_new_session=True, preexec_fn=heed_ctrl_c)  # signals reach the group, workers too
     try:
         for line in process.stdout:
             if "epoch   2/" in line:
