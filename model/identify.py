@@ -9,18 +9,12 @@ from model import EFFICIENTNETS, LITES, build
 from model.micronet import LAYOUTS, MAX_MULTIPLIER, scale_depth, scale_width
 
 
-def identify(state_dict: Mapping) -> dict | None:
-    """Return the spec of a network that has exactly the names and shapes of `state_dict`, or None.
+def nearest(state_dict: Mapping) -> tuple[dict | None, list[str]]:
+    """Return the spec whose names and shapes come closest to `state_dict`, None if none does, and how they differ.
 
     Multipliers of MicroNet are the shortest decimals that give the same blocks and channels. Counters of
     BatchNorm (`num_batches_tracked`), which old files lack, do not matter.
     """
-    spec, differences = nearest(state_dict)
-    return None if differences else spec
-
-
-def nearest(state_dict: Mapping) -> tuple[dict | None, list[str]]:
-    """Return the spec whose names and shapes come closest to `state_dict`, None if none does, and how they differ."""
     best = None, []
     for spec in _guesses(state_dict):
         differences = mismatches(expected_state_dict(spec), state_dict)
