@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Trained images a second: this project's loop against a plain one in the style of 2019, side by side in one run.
 
-    python benchmarks/training_step.py [--networks resnet20 micronet] [--batch-size 128] [--steps 8] [--rounds 3]
+    python benchmarks/training_step.py [--networks resnet20 micronet] [--loops device amp compile]
+                                       [--batch-size 128] [--steps 8] [--rounds 3]
 
 Random images of 32 px with CIFAR-100's augmentation; SGD with Nesterov momentum; on the CPU, or on a GPU where there
 is one. Each figure is the median over alternating rounds of `--steps` steps, after one round of warm-up.
@@ -39,6 +40,7 @@ from engine.training import train_epoch  # noqa: E402
 from model import build  # noqa: E402
 
 CLASSES = 100
+LOOPS = ("device", "amp", "compile")
 NETWORKS = {
     "resnet20": {"name": "resnet20"},
     "micronet": {"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5},
@@ -81,7 +83,7 @@ def seconds(function: Epoch, device: torch.device) -> float:
 
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Matrix rate (FLOP/s) and memory bandwidth (byte/s) of the device: the best of ten tries each."""
-    side, length = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
+    side, length = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
     matrix = torch.randn(side, side, device=device).to(dtype)
     source, target = (torch.ones(length, dtype=torch.uint8, device=device) for _ in range(2))
     rate = 2 * side**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(10))
@@ -107,6 +109,7 @@ def work(spec: dict, element_size: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=LOOPS, help="what to compare with the plain loop")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
@@ -121,9 +124,9 @@ def main() -> None:
     rates, shares = [], []
     for name in args.networks:
         spec = {**NETWORKS[name], "num_classes": CLASSES}
-        machines = [Machine(device), Machine(device, amp), Machine(device, amp, compile=True)]
+        machines = {"device": Machine(device), "amp": Machine(device, amp), "compile": Machine(device, amp, True)}
         epochs = [plain_epoch(spec, images, labels, args.batch_size, device)]
-        epochs += [our_epoch(spec, images, labels, args.batch_size, machine) for machine in machines]
+        epochs += [our_epoch(spec, images, labels, args.batch_size, machines[loop]) for loop in args.loops]
         times = [[seconds(epoch, device) for epoch in epochs] for _ in range(args.rounds + 1)][1:]
         speeds = [count / statistics.median(column) for column in zip(*times)]
         rates.append([name, *(f"{speed:,.0f} ({speed / speeds[0]:.1f}x)" for speed in speeds)])
@@ -132,7 +135,7 @@ def main() -> None:
         shares.append([name, *(f"{part:.0%}" for part in parts), ("arithmetic", "memory")[parts[1] > parts[0]]])
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, torch {torch.__version__}, amp auto is {amp}; batches of {args.batch_size}")
-    print(table(["trained images a second", "plain", "device", "amp", "compile"], rates))
+    print(table(["trained images a second", "plain", *args.loops], rates))
     print(f"\nMeasured peaks: {rate / 1e12:.2f} TFLOP/s, {bandwidth / 1e9:.0f} GB/s")
     print(table(["share of the peak", "matrix rate", "bandwidth", "nearer bound"], shares))
 
