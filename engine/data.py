@@ -183,7 +183,10 @@ class ImagesOnDisk:
             for images, labels in batches:
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         except UserError as error:  # of a worker process: its last line is the message, the rest a traceback
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("engine.UserError: ")) from None
+            message = str(error).strip().splitlines()[-1].removeprefix("engine.UserError: ")
+            error.__traceback__ = None  # a cycle that holds the loader: collected later, its workers end after seconds
+            del batches
+            raise UserError(message) from None
 
 
 Data = ImagesInMemory | ImagesOnDisk
