@@ -50,8 +50,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def _other_process() -> int:
-    """Under `torchrun`, the number of this process, unless it is the first one."""
-    return int(os.environ.get("RANK", 0))
+    """Under `torchrun`, the number of this process, unless it is the first one; without importing torch."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return int(os.environ.get("RANK", 0)) if several else 0
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

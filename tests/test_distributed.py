@@ -87,3 +87,11 @@ def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
         load_data("digits", "", torch.device("cpu"), batch_size=15)
+
+
+@pytest.mark.parametrize("environment, said", [({"RANK": "3"}, 1), ({"RANK": "3", "WORLD_SIZE": "4"}, 0)])
+def test_a_wrong_command_line_is_said_once(environment, said):
+    """By the first of several processes; what a cluster sets for other ends, a rank alone, silences nobody."""
+    command = [sys.executable, "run_scoring.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("--t-model") == said
