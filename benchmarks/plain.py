@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from engine.augment import MEAN, STD
+from engine.augment import CIFAR
 
 WORKERS = 4
 
@@ -37,7 +37,7 @@ class OneByOne(Dataset):
         self.labels, size = labels.tolist(), images.shape[-1]
         steps = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(size, padding=size // 8)]
         steps += [transforms.ColorJitter(0.3, 0.3, 0.3, 0.075)] * rich
-        steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        steps += [transforms.ToTensor(), transforms.Normalize(*CIFAR)]
         steps += [CutoutOneImage(size // 2)] * rich
         self.transform = transforms.Compose(steps)
 

@@ -15,16 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
-"""Channel means (red, green, blue) of the CIFAR training images, on the scale [0, 1]."""
 
-STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
-"""Channel standard deviations (red, green, blue) of the CIFAR training images, on the scale [0, 1]."""
+class Statistics(NamedTuple):
+    """Mean and standard deviation of red, green and blue, on the scale [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+CIFAR = Statistics((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))
+"""Of the CIFAR training images."""
 
 GRAY = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in luma, as torchvision rounds those of ITU-R BT.601."""
@@ -199,13 +205,13 @@ def unit_range(images: Tensor) -> Tensor:
     return images.to(torch.float32)
 
 
-def normalise(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Subtract ``mean`` and divide by ``std``, per channel and on the scale [0, 1].
+def normalise(images: Tensor, statistics: Statistics = CIFAR) -> Tensor:
+    """Subtract the mean and divide by the standard deviation, per channel and on the scale [0, 1].
 
     Images ``[N, 3, H, W]``, uint8 or float in [0, 1], in; float32 out. On its own, the evaluation path.
     """
-    mean_row, std_row = (_row(values, images).view(1, -1, 1, 1) for values in (mean, std))
-    return (unit_range(images) - mean_row) / std_row
+    mean, std = (_row(values, images).view(1, -1, 1, 1) for values in statistics)
+    return (unit_range(images) - mean) / std
 
 
 @dataclass(frozen=True)
@@ -217,12 +223,14 @@ class Augmentation:
         padding: pixels of zero padding before the random crop; 0 for no crop.
         jitter: the brightness, contrast, saturation and hue of ``color_jitter``; None for no jitter.
         cutout: side of the Cutout square in pixels; 0 for no Cutout.
+        statistics: what images are normalised by.
     """
 
     flip: bool = False
     padding: int = 0
     jitter: tuple[float, float, float, float] | None = None
     cutout: int = 0
+    statistics: Statistics = CIFAR
 
     def __post_init__(self) -> None:
         if self.padding < 0 or self.cutout < 0:
@@ -239,7 +247,7 @@ class Augmentation:
             images = random_crop(images, self.padding, generator)
         if self.jitter is not None:
             images = color_jitter(images, *self.jitter, generator)
-        images = normalise(images)
+        images = normalise(images, self.statistics)
         if self.cutout:
             images = cutout(images, self.cutout, generator)
         return images

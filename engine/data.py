@@ -9,30 +9,23 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
 
 from engine import UserError, distributed
-from engine.augment import Augmentation, normalise
-from engine.packed_images import cached, packed_files, read_packed
+from engine.augment import Augmentation, Statistics, normalise
 from engine.preprocessing import IMAGENET, Preprocessing, Transform
-from engine.report import say
+from engine.sources import ClassFolders, find_source, open_image
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 SMALL = 64  # px; class folders of larger images are treated as ImageNet is
-NATIVE_SIZE = {"CIFAR100": 32, "CIFAR10": 32, "MNIST": 32, "FashionMNIST": 32, "digits": 32}
 
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores: as told
 
@@ -52,6 +45,10 @@ class ImagesInMemory:
     @property
     def image_size(self) -> int:
         return self.val[0].shape[-1]
+
+    @property
+    def val_image_size(self) -> int:
+        return self.image_size
 
     @property
     def num_train_batches(self) -> int:
@@ -91,7 +88,7 @@ class ImagesInMemory:
         """Every validation image once, in order, normalised; several processes share them."""
         val = zip(*(distributed.share(tensor).split(self.val_batch_size) for tensor in self.val))
         for images, labels in val:
-            yield normalise(images), labels
+            yield normalise(images, self.augmentation.statistics), labels
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Photographs(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         file, label = self.files[index]
-        image = _open(file)
+        image = open_image(file)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + index)
             return self.transform(image), label
@@ -126,6 +123,7 @@ class ImagesOnDisk:
     train: Photographs | None
     val: Photographs
     image_size: int
+    val_image_size: int
     batch_size: int
     val_batch_size: int
     workers: int
@@ -207,220 +205,61 @@ def load_data(
     """Read the data set `name` from `path`; UserError where it is missing, empty or damaged.
 
     Args:
-        image_size: side in pixels; None takes 32 for small images and 224 for photographs.
+        image_size: side in pixels; None takes 32 for the known sets of small images, their own for other small
+            images, and 224 for photographs.
         val_image_size: side of validation images, where it differs (photographs only).
-        preprocessing: how photographs are resized and normalised.
+        preprocessing: how photographs are resized, and all images normalised.
         train: read the training images too; without them, classes may lack validation images.
     """
     if batch_size % distributed.world_size():
         raise UserError(
             f"--batch-size {batch_size} can't be shared evenly by {distributed.world_size()} processes; take a multiple"
         )
-    path = Path(path)
-    folders = None if name == "digits" else _class_folders(path, with_train=train)
-    packed = None if folders or name in ("digits", "ImageNet") else packed_files(path, with_train=train)
-    if folders is packed is None and name in ("ImageNet", "folder"):
-        looked_for = "train/ and val/ or test/" if train else "val/ or test/"
-        raise UserError(
-            f"{path}: {'no class folders' if path.is_dir() else 'no such folder'} for --dataset {name} (looked for "
-            f"{looked_for} with one folder a class); pass the folder that holds them as --data-path"
+    source = find_source(name, Path(path), with_train=train, threads=max(workers, 1))
+    if isinstance(source, ClassFolders) and (name == "ImageNet" or name == "folder" and source.largest_side > SMALL):
+        size = image_size or 224
+        train_set = Photographs(source.files["train"], preprocessing.training(size)) if train else None
+        val_set = Photographs(source.files["val"], preprocessing.validation(val_image_size or size))
+        return ImagesOnDisk(
+            name,
+            source.classes,
+            train_set,
+            val_set,
+            image_size=size,
+            val_image_size=val_image_size or size,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            workers=workers,
+            device=device,
         )
-    size = image_size or NATIVE_SIZE.get(name)
-    if folders:
-        classes = _class_names(folders[1])
-        val_files = _image_files(folders[1], every_class=train)
-        train_files = _image_files(folders[0]) if train else val_files
-        if lacking := len(classes) - len({label for _, label in val_files}):
-            say(f"{folders[1]}: {lacking:,} of {len(classes):,} classes have no images")
-        if name == "ImageNet" or name == "folder" and _first_image_size(val_files) > SMALL:
-            size = size or 224
-            train_set = Photographs(train_files, preprocessing.training(size)) if train else None
-            val_set = Photographs(val_files, preprocessing.validation(val_image_size or size))
-            return ImagesOnDisk(name, classes, train_set, val_set, size, batch_size, val_batch_size, workers, device)
-        size = size or _first_image_size(val_files)
-        train_split, val_split = (
-            partial(_read_class_folders, split, files, size, max(workers, 1))
-            for split, files in zip(folders, (train_files, val_files))
-        )
-    elif packed:
-        contents = [read_packed(file) for file in packed]
-        classes = contents[1].classes
-        if contents[0].classes != classes:
-            raise UserError(f"{packed[0]} and {packed[1]} hold different classes; pack them from the same set")
-        size = size or contents[1].images.shape[1]
-        train_split, val_split = (partial(_at_size, split.images, split.labels, size) for split in contents)
-    elif name == "digits":
-        classes = [str(digit) for digit in range(10)]
-        train_split, val_split = (partial(_read_digits, size, held_out) for held_out in (False, True))
-    else:
-        train_set, val_set = (_torchvision(name, path, split) for split in (True, False))
-        classes = list(val_set.classes)
-        train_split, val_split = (partial(_read_torchvision, dataset, size) for dataset in (train_set, val_set))
+    size = image_size or source.native_size
 
-    def on_device(split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return split[0].to(device), split[1].to(device)
+    def on_device(split: str) -> tuple[Tensor, Tensor]:
+        images, labels = source.read(split, size)
+        return images.to(device), labels.to(device)
 
     return ImagesInMemory(
         name,
-        classes,
-        on_device(train_split()) if train else None,
-        on_device(val_split()),
-        _augmentation(name, size),
+        source.classes,
+        on_device("train") if train else None,
+        on_device("val"),
+        _augmentation(name, size, preprocessing.small_images),
         batch_size,
         val_batch_size,
     )
 
 
-def _augmentation(name: str, size: int) -> Augmentation:
+def _augmentation(name: str, size: int, statistics: Statistics) -> Augmentation:
     """The published augmentation of each data set; 4 px of padding and 16 px of Cutout are of 32 px images."""
     flip = name not in ("digits", "MNIST")  # a mirrored digit is not a digit
     if name == "CIFAR100":
-        return Augmentation(flip, size // 8, (0.3, 0.3, 0.3, 0.075), size // 2)
-    return Augmentation(flip, size // 8, None, 0)
-
-
-def _class_folders(path: Path, with_train: bool) -> tuple[Path, Path] | None:
-    """The training and the validation folder under `path`, checked to hold the same classes; None if not there.
-
-    Where there is only a validation folder, and only that is wanted, it stands for both.
-    """
-    train, val = path / "train", next((p for p in (path / "val", path / "test") if p.is_dir()), None)
-    if val is None or with_train and not train.is_dir():
-        return None
-    splits = (train, val) if train.is_dir() else (val, val)
-    names = [_class_names(split) for split in splits]
-    for split, classes in zip(splits, names):
-        if not classes:
-            raise UserError(f"{split}: holds no class folders; put each class's images in a folder of its own")
-    if different := sorted(set(names[0]) ^ set(names[1])):
-        missing_in = val if different[0] in names[0] else train
-        raise UserError(
-            f"{train} and {val} hold different classes ({len(names[0])} and {len(names[1])}; "
-            f"{different[0]} is missing in {missing_in}); make them the same"
-        )
-    return splits
-
-
-def _class_names(split: Path) -> list[str]:
-    return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _image_files(split: Path, every_class: bool = True) -> list[tuple[str, int]]:
-    """Every image file in or below the class folders under `split`, with its label; hidden files do not count.
-
-    UserError where there is none, or, with `every_class`, where a class has none.
-    """
-    files, empty = [], []
-    for label, name in enumerate(_class_names(split)):
-        found = sorted(
-            os.path.join(folder, file)
-            for folder, _, names in os.walk(split / name)
-            for file in names
-            if file.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not file.startswith(".")
-        )
-        files += [(file, label) for file in found]
-        empty += [] if found else [split / name]
-    if empty and (every_class or not files):
-        raise UserError(f"{empty[0]}: holds no images ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
-    return files
-
-
-def _first_image_size(files: list[tuple[str, int]]) -> int:
-    return max(_open(files[0][0]).size)
-
-
-def _open(path: str) -> Image.Image:
-    """Decode an image file as RGB; UserError with its path where that fails."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bit of grey, which Pillow would cut off at 255
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            if image.mode == "P":  # Pillow warns of a palette with transparency unless that is kept at first
-                image = image.convert("RGBA")
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: is gone; put it back, or begin a run without it") from None
-    except Exception as error:  # decoders raise whatever the damaged bytes lead to
-        raise UserError(f"{path}: does not decode as an image ({error}); mend or remove it") from None
-
-
-def _at_size(images: np.ndarray, labels: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
-    """uint8 images `[N, H, W, 3]` as `[N, 3, size, size]`."""
-    tensor = torch.from_numpy(images).movedim(3, 1)
-    if tensor.shape[-2:] != (size, size):
-        tensor = _resized(tensor.float(), size)
-    return tensor.contiguous(), torch.from_numpy(labels)
-
-
-def _read_class_folders(
-    split: Path, files: list[tuple[str, int]], size: int, threads: int
-) -> tuple[Tensor, Tensor]:
-    """All images of small-image class folders as squares of `size` px, decoded the first time only."""
-    images, labels = cached(split, size, files, lambda: _decode_all(files, size, threads))
-    return torch.from_numpy(images).movedim(3, 1).contiguous(), torch.from_numpy(labels)
-
-
-def _decode_all(files: list[tuple[str, int]], size: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image files as uint8 `[N, size, size, 3]`, and their labels."""
-
-    def decode(file: tuple[str, int]) -> np.ndarray:
-        image = _open(file[0])
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        return np.asarray(image)
-
-    with ThreadPoolExecutor(threads) as pool:
-        images = np.stack(list(pool.map(decode, files)))
-    return images, np.array([label for _, label in files])
-
-
-def _read_digits(size: int, held_out: bool) -> tuple[Tensor, Tensor]:
-    """Scikit-learn's 1,797 handwritten digits of 8 px, enlarged; a fixed stratified fifth is held out."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    split = train_test_split(np.arange(len(bunch.target)), test_size=0.2, stratify=bunch.target, random_state=0)
-    indices = split[held_out]
-    images = torch.from_numpy(bunch.images[indices]).float().mul(255 / 16)[:, None]
-    return _resized(images, size).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(bunch.target[indices]).long()
-
-
-def _torchvision(name: str, path: Path, train: bool) -> datasets.VisionDataset:
-    """Open one of torchvision's data sets, downloading it where there is a network."""
-    folders = [path / name / "raw", path / name, path]
-    made_here = [folder for folder in folders if not folder.exists()]
-    try:
-        return getattr(datasets, name)(path, train=train, download=True)
-    except Exception as error:  # of the network, of archives, of damaged files
-        for folder in made_here:
-            with suppress(OSError):  # it is not there, or holds something
-                folder.rmdir()
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: {name} can't be read there, nor downloaded ({reason[:100]}); pass the folder that holds the set, "
-            f"or train/ and test/ class folders, as --data-path"
-        ) from None
-
-
-def _read_torchvision(dataset: datasets.VisionDataset, size: int) -> tuple[Tensor, Tensor]:
-    """All images of a torchvision data set, grey ones with three channels, at `size` px."""
-    images = torch.as_tensor(np.asarray(dataset.data))
-    images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.movedim(3, 1)
-    if images.shape[-1] != size:
-        images = _resized(images.float(), size)
-    return images.contiguous(), torch.as_tensor(dataset.targets).long()
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    """Float images `[N, C, H, W]` of 0 to 255 as uint8 `[N, C, size, size]`, bicubic."""
-    images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
-    return images.round().clamp(0, 255).to(torch.uint8)
+        return Augmentation(flip, size // 8, (0.3, 0.3, 0.3, 0.075), size // 2, statistics)
+    return Augmentation(flip, size // 8, statistics=statistics)
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold Ctrl-C and the like back: this process hears of them afterwards, those started in here ignore Ctrl-C.
+    """Defer SIGINT and SIGTERM until the block ends; worker processes started inside ignore SIGINT.
 
     An exception that a signal's handler raises in the middle of a fork would be lost.
     """

@@ -52,11 +52,15 @@ def read_packed(file: Path) -> Packed:
 
 
 def cached(
-    split: Path, size: int, files: list[tuple[str, int]], decode: Callable[[], tuple[np.ndarray, np.ndarray]]
+    split: Path,
+    size: int,
+    files: list[tuple[str, int]],
+    classes: list[str],
+    decode: Callable[[], tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images `[N, size, size, 3]` and labels `[N]` of the class folders `split`: from the cache, else from `decode`.
 
-    The cache, a packed file in the folder `.cache` beside `split`, is used while its `files` keep their names,
+    `files` pairs each image file with its label, an index into `classes`. The cache, a packed file in the folder `.cache` beside `split`, is used while its `files` keep their names,
     labels, sizes and times.
     """
     sha = hashlib.sha256()
@@ -73,7 +77,6 @@ def cached(
             if other != cache:
                 other.unlink()
         buffer = io.BytesIO()
-        names = sorted({label: Path(file).relative_to(split).parts[0] for file, label in files}.items())
-        np.savez(buffer, images=images, labels=labels, classes=np.array([name for _, name in names]))
+        np.savez(buffer, images=images, labels=labels, classes=np.array(classes))
         write_whole(buffer.getbuffer(), cache)
     return images, labels

@@ -1,4 +1,4 @@
-"""How a network wants its photographs: resized, cropped and normalised as those it was trained on."""
+"""How a network wants its images: resized, cropped and normalised as those it was trained on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from engine.augment import CIFAR, Statistics
 from model import EFFICIENTNETS, LITES
 
 Transform = Callable[[Image.Image], Tensor]
@@ -20,13 +21,14 @@ class Preprocessing:
     Attributes:
         shorter_side: from the size of the centre crop in validation to what the shorter side is resized to, pixels.
         interpolation: of that resizing.
-        mean, std: subtracted, then divided by: red, green and blue on the scale [0, 1].
+        photographs: what they are normalised by.
+        small_images: what those are normalised by; they are neither resized nor cropped.
     """
 
     shorter_side: Callable[[int], int]
     interpolation: InterpolationMode
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet's training images, as is std
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    photographs: Statistics
+    small_images: Statistics
 
     def training(self, size: int) -> Transform:
         """ImageNet's augmentation: a random part of the photograph, at `size` px, perhaps mirrored."""
@@ -40,15 +42,17 @@ class Preprocessing:
         return transforms.Compose([resize, transforms.CenterCrop(size), *self._to_normal()])
 
     def _to_normal(self) -> list:
-        return [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
+        return [transforms.ToTensor(), transforms.Normalize(*self.photographs)]
 
 
-IMAGENET = Preprocessing(lambda size: size * 8 // 7, InterpolationMode.BILINEAR)
-EFFICIENTNET = Preprocessing(lambda size: size, InterpolationMode.BICUBIC)  # as the 2019 programs evaluated it
-# (x - 127) / 128, and a crop that leaves 16 px off each side: EfficientNet-Lite's published evaluation
-EFFICIENTNET_LITE = Preprocessing(
-    lambda size: size + 32, InterpolationMode.BICUBIC, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
-)
+OF_IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of its training images
+OF_LITE = Statistics((127 / 255,) * 3, (128 / 255,) * 3)  # (x - 127) / 128
+
+IMAGENET = Preprocessing(lambda size: size * 8 // 7, InterpolationMode.BILINEAR, OF_IMAGENET, CIFAR)
+# as the 2019 programs evaluated it
+EFFICIENTNET = Preprocessing(lambda size: size, InterpolationMode.BICUBIC, OF_IMAGENET, OF_IMAGENET)
+# a crop that leaves 16 px off each side: EfficientNet-Lite's published evaluation
+EFFICIENTNET_LITE = Preprocessing(lambda size: size + 32, InterpolationMode.BICUBIC, OF_LITE, OF_LITE)
 
 
 def preprocessing_of(model: str) -> Preprocessing:

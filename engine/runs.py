@@ -130,8 +130,9 @@ class Run:
     def finish(self, result: dict) -> None:
         """Write the result, and let other processes at this run."""
         write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
-        self._lock.close()
-        self._lock = None
+        if self._lock:  # the first process's
+            self._lock.close()
+            self._lock = None
 
 
 def write_text(path: Path, text: str) -> None:

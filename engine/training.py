@@ -32,7 +32,7 @@ def derived_seed(seed: int, *position: int) -> int:
 
     All randomness of an epoch follows from it, so that a resumed run needs no saved random state.
     """
-    return int(np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(seed, spawn_key=position).generate_state(1, np.uint64)[0] >> 1)
 
 
 def train_epoch(

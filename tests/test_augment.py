@@ -15,7 +15,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as TF
 
 from engine import augment
-from engine.augment import HUE, MEAN, STD, Augmentation
+from engine.augment import CIFAR, HUE, Augmentation, Statistics
 
 JITTER = (0.3, 0.3, 0.3, 0.075)
 POLICY = Augmentation(flip=True, padding=4, jitter=JITTER, cutout=8)
@@ -143,10 +143,10 @@ def test_cutout_at_zeroes_a_clipped_square(size: int) -> None:
 
 def test_normalise_equals_torchvisions() -> None:
     images = raw_images(5)
-    expected = TF.normalize(TF.to_dtype(images, torch.float32, scale=True), list(MEAN), list(STD))
+    expected = TF.normalize(TF.to_dtype(images, torch.float32, scale=True), *map(list, CIFAR))
     torch.testing.assert_close(augment.normalise(images), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(augment.normalise(images.double() / 255), expected, rtol=0, atol=1e-6)
-    halves = augment.normalise(images, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    halves = augment.normalise(images, Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
     torch.testing.assert_close(halves, images / 127.5 - 1, rtol=0, atol=1e-6)
     with pytest.raises(TypeError, match="uint8 or floating point"):
         augment.normalise(images.int())
@@ -266,7 +266,7 @@ def test_policy_gives_normalised_float32_images_of_the_same_shape(shape: tuple[i
     images = raw_images(shape[0], *shape[2:])
     augmented = POLICY(images, seeded())
     assert augmented.shape == shape and augmented.dtype == torch.float32
-    low, high = (TF.normalize(torch.full((3, 1, 1), level), list(MEAN), list(STD)) for level in (0.0, 1.0))
+    low, high = (TF.normalize(torch.full((3, 1, 1), level), *map(list, CIFAR)) for level in (0.0, 1.0))
     assert (augmented >= low - 1e-5).all() and (augmented <= high + 1e-5).all()
 
 

@@ -317,6 +317,70 @@ def test_small_validation_images_are_normalised_and_nothing_else(make_folders):
     assert torch.equal(images, normalise(data.val[0])) and images.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "model, red, green, blue",
+    [
+        ("resnet20", 129.7 / 63.0, -123.0 / 62.1, -62.9 / 66.7),
+        ("efficientnet-b1", 0.515 / 0.229, -0.456 / 0.224, -0.206 / 0.225),
+        ("efficientnet-lite1", (255 - 127) / 128, -127 / 128, (51 - 127) / 128),
+    ],
+)
+def test_small_images_are_normalised_as_the_network_knows_them(model, red, green, blue, make_folders):
+    path = make_folders()
+    for file in path.rglob("*.png"):
+        Image.new("RGB", (8, 8), (255, 0, 51)).save(file)
+    data = load(path, preprocessing=preprocessing_of(model))
+    colour = torch.tensor([red, green, blue]).view(3, 1, 1)
+    (val, _), (train, _) = next(data.val_batches()), next(data.train_batches(0))
+    torch.testing.assert_close(val, colour.expand_as(val))
+    centre = train[:, :, 1:-1, 1:-1]  # padded by 1 px
+    torch.testing.assert_close(centre, colour.expand_as(centre))
+
+
+# ------------------------------------------------------------------------------------- Tiny-ImageNet's layout
+
+
+@pytest.fixture
+def tiny_imagenet(make_folders) -> Path:
+    """Its layout: train/CLASS/images/, val/images/ with val_annotations.txt, test/images/ without labels."""
+    path = make_folders(splits=("train/n2/images", "train/n1/images", "test"), classes=("",), number=3)
+    (path / "train" / "n1" / "n1_boxes.txt").write_text("n1_0.JPEG\t0\t0\t7\t7\n")
+    (path / "val" / "images").mkdir(parents=True)
+    lines = []
+    for i, label in enumerate(["n2", "n1", "n2", "n2"]):
+        random_image(seed=50 + i).save(path / "val" / "images" / f"val_{i}.png")
+        lines.append(f"val_{i}.png\t{label}\t0\t0\t7\t7\n")
+    (path / "val" / "val_annotations.txt").write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("name", ["folder", "ImageNet"])
+def test_tiny_imagenet_is_read_as_it_comes(name, tiny_imagenet):
+    data = load(tiny_imagenet, name, image_size=8, val_batch_size=4)
+    assert data.classes == ["n1", "n2"]
+    images, labels = next(data.val_batches())
+    assert len(images) == 4 and labels.tolist() == [1, 0, 1, 1]
+    assert sorted(drawn(data, 0)[1].tolist() + drawn(data, 0)[3].tolist() + drawn(data, 0)[5].tolist()) == [0] * 3 + [1] * 3
+
+
+def test_tiny_imagenets_images_get_the_labels_of_its_list(tiny_imagenet):
+    images, labels = load(tiny_imagenet).val
+    expected = [pixels(tiny_imagenet / "val" / "images" / f"val_{i}.png") for i in range(4)]
+    assert torch.equal(images, torch.stack(expected)) and labels.tolist() == [1, 0, 1, 1]
+    cached_images, cached_labels = load(tiny_imagenet).val
+    assert torch.equal(cached_images, images) and torch.equal(cached_labels, labels)
+
+
+def test_tiny_imagenets_validation_images_are_enough_where_nothing_is_trained(tiny_imagenet):
+    shutil.rmtree(tiny_imagenet / "train")
+    assert load(tiny_imagenet, train=False).classes == ["n1", "n2"]
+
+
+def test_what_is_no_list_of_tiny_imagenets_is_named(tiny_imagenet):
+    (tiny_imagenet / "val" / "val_annotations.txt").write_text("val_0.png n1\n")
+    assert "val_annotations.txt: has a line that is not a file's name, a tab" in refusal(tiny_imagenet)
+
+
 # ------------------------------------------------------------------------------------- photographs
 
 

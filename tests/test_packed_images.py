@@ -72,8 +72,7 @@ def test_class_folders_are_decoded_once(make_folders, monkeypatch):
     path = make_folders()
     first = load(path)
     assert len(list((path / ".cache").iterdir())) == 2
-    monkeypatch.setattr(Image, "open", None)  # whoever decodes now fails
-    monkeypatch.setattr("engine.data._first_image_size", lambda files: 8)
+    monkeypatch.setattr("engine.sources._decode_all", None)  # whoever decodes now fails
     again = load(path)
     for one, two in ((first.train, again.train), (first.val, again.val)):
         assert all(map(torch.equal, one, two))
