@@ -37,6 +37,11 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     extra: dict = field(default_factory=dict)
 
+    @property
+    def image_size(self) -> int | None:
+        """The size in pixels at which the checkpoint's accuracy was measured, if it says so."""
+        return self.extra.get("val_image_size") or self.extra.get("image_size")
+
     def network(self) -> nn.Module:
         """Build the network and load the tensors."""
         network = build(self.spec)
@@ -281,13 +286,21 @@ def _check_values(state_dict: dict, path: Path) -> None:
             raise UserError(f"{path}: {name} holds NaN or infinite values; take an earlier checkpoint")
 
 
+def _is_image_size(size: object) -> bool:
+    return type(size) is int and 0 < size <= MAX_IMAGE_SIZE
+
+
+TOLD = {  # what a checkpoint says of its network's training, and what a program here can have written there
+    "dataset": lambda name: name in DATASETS,
+    "image_size": _is_image_size,
+    "val_image_size": _is_image_size,
+    "accuracy": lambda accuracy: type(accuracy) is float,
+}
+
+
 def _usable(extra: dict) -> dict:
-    """`extra` without a data set or an image size that no program here could have written."""
-    valid = {
-        "dataset": lambda name: name in DATASETS,
-        "image_size": lambda size: type(size) is int and 0 < size <= MAX_IMAGE_SIZE,
-    }
-    return {key: value for key, value in extra.items() if key not in valid or valid[key](value)}
+    """`extra` without what no program here can have written."""
+    return {key: value for key, value in extra.items() if key not in TOLD or TOLD[key](value)}
 
 
 def check_wanted(wanted: dict, spec: dict, state_dict: dict, path: Path) -> None:

@@ -211,42 +211,36 @@ def load_data(
         preprocessing: how photographs are resized, and all images normalised.
         train: read the training images too; without them, classes may lack validation images.
     """
-    if batch_size % distributed.world_size():
+    if train and batch_size % distributed.world_size():
         raise UserError(
             f"--batch-size {batch_size} can't be shared evenly by {distributed.world_size()} processes; take a multiple"
         )
-    source = find_source(name, Path(path), with_train=train, threads=max(workers, 1))
-    if isinstance(source, ClassFolders) and (name == "ImageNet" or name == "folder" and source.largest_side > SMALL):
-        size = image_size or 224
-        train_set = Photographs(source.files["train"], preprocessing.training(size)) if train else None
-        val_set = Photographs(source.files["val"], preprocessing.validation(val_image_size or size))
-        return ImagesOnDisk(
+    with distributed.first_process_first():
+        source = find_source(name, Path(path), with_train=train, threads=max(workers, 1))
+        if isinstance(source, ClassFolders) and (name == "ImageNet" or name == "folder" and source.largest_side > SMALL):
+            size = image_size or 224
+            val_size = val_image_size or size
+            train_set = Photographs(source.files["train"], preprocessing.training(size)) if train else None
+            val_set = Photographs(source.files["val"], preprocessing.validation(val_size))
+            return ImagesOnDisk(
+                *(name, source.classes, train_set, val_set, size, val_size),
+                *(batch_size, val_batch_size, workers, device),
+            )
+        size = image_size or source.native_size
+
+        def on_device(split: str) -> tuple[Tensor, Tensor]:
+            images, labels = source.read(split, size)
+            return images.to(device), labels.to(device)
+
+        return ImagesInMemory(
             name,
             source.classes,
-            train_set,
-            val_set,
-            image_size=size,
-            val_image_size=val_image_size or size,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            workers=workers,
-            device=device,
+            on_device("train") if train else None,
+            on_device("val"),
+            _augmentation(name, size, preprocessing.small_images),
+            batch_size,
+            val_batch_size,
         )
-    size = image_size or source.native_size
-
-    def on_device(split: str) -> tuple[Tensor, Tensor]:
-        images, labels = source.read(split, size)
-        return images.to(device), labels.to(device)
-
-    return ImagesInMemory(
-        name,
-        source.classes,
-        on_device("train") if train else None,
-        on_device("val"),
-        _augmentation(name, size, preprocessing.small_images),
-        batch_size,
-        val_batch_size,
-    )
 
 
 def _augmentation(name: str, size: int, statistics: Statistics) -> Augmentation:

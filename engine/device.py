@@ -1,10 +1,10 @@
 """Where a network runs: devices, memory layout, several GPUs, mixed precision, compilation."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import UserError, distributed
@@ -23,10 +23,14 @@ class Machine:
     compile: bool = False
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Move `network` to the device, in channels-last layout where mixed precision gains by it."""
-        if self.amp == "off":
+        """Move `network` to the device, in channels-last layout: faster on CPUs, and on GPUs in mixed precision."""
+        if self.device.type == "cuda" and self.amp == "off":
             return network.to(self.device)
         return network.to(self.device, memory_format=torch.channels_last)
+
+    def in_32_bit(self) -> "Machine":
+        """The same device without mixed precision: accuracy that others can reproduce."""
+        return replace(self, amp="off")
 
     def runner(self, network: nn.Module) -> nn.Module:
         """The module to call for training: `network` itself, or split over processes or GPUs; compiled if wanted.
@@ -36,7 +40,7 @@ class Machine:
         if distributed.world_size() > 1:
             network = DistributedDataParallel(network)
         elif self.device.type == "cuda" and torch.cuda.device_count() > 1:
-            network = nn.DataParallel(network)
+            network = nn.DataParallel(Autocast(network, self))
         return torch.compile(network) if self.compile else network
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -53,6 +57,21 @@ class Machine:
         return torch.amp.GradScaler(self.device.type, init_scale=LOSS_SCALE, enabled=self.amp == "fp16")
 
 
+class Autocast(nn.Module):
+    """`network`, in mixed precision whatever thread calls it.
+
+    DataParallel's replicas run in threads of their own, which know no autocast type and would take float16.
+    """
+
+    def __init__(self, network: nn.Module, machine: Machine):
+        super().__init__()
+        self.network, self.machine = network, machine
+
+    def forward(self, images: Tensor) -> Tensor:
+        with self.machine.autocast():
+            return self.network(images)
+
+
 def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machine:
     """Take the GPUs if wanted and there, else the CPU, and say which; `amp` as `--amp`."""
     on_gpu = cuda and torch.cuda.is_available()
@@ -60,20 +79,28 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
         device = distributed.join(on_gpu)
     else:
         device = torch.device("cuda" if on_gpu else "cpu")
-    amp = fastest_arithmetic(device) if amp == "auto" else amp
-    if on_gpu and compile and distributed.world_size() == 1 < torch.cuda.device_count():
+    fastest = fastest_arithmetic(device)
+    amp = fastest if amp == "auto" else amp
+    if on_gpu and compile and distributed.world_size() == 1 and torch.cuda.device_count() > 1:
         raise UserError(
             f"--compile on {torch.cuda.device_count()} GPUs needs one process a GPU: start the program with torchrun "
             f"--nproc_per_node={torch.cuda.device_count()}, or let CUDA_VISIBLE_DEVICES name one GPU"
         )
     if on_gpu:
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # 32 bit means 32 bit; mixed precision does not need it
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         where = f"{len(names)} GPU{'s' * (len(names) > 1)}: {', '.join(names)}"
     else:
         where = f"the CPU ({'no GPU found' if cuda else '--no-cuda'})"
-    processes = f", {distributed.world_size()} processes" * (distributed.world_size() > 1)
-    say(f"Running on {where}, {'32 bit' if amp == 'off' else amp}{', compiled' * compile}{processes}")
+    how = ["32 bit" if amp == "off" else amp]
+    if compile:
+        how.append("compiled")
+    if distributed.world_size() > 1:
+        how.append(f"{distributed.world_size()} processes")
+    say(f"Running on {where}, {', '.join(how)}")
+    if amp != "off" and fastest == "off":
+        say(f"This CPU has no {amp}: emulating it is many times slower than --amp auto, which takes 32 bit here")
     return Machine(device, amp, compile)
 
 

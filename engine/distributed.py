@@ -7,6 +7,8 @@ process (rank 0) writes and prints, the others only read.
 import atexit
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -52,6 +54,16 @@ def wait_for_all() -> None:
     """Wait until every process is here: what the first one wrote before is then there for all."""
     if world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process does what is in here before the others: what it downloads or caches is there for them."""
+    if not is_first():
+        wait_for_all()
+    yield
+    if is_first():
+        wait_for_all()
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

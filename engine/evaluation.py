@@ -1,5 +1,6 @@
 """How often a network is right."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -29,6 +30,14 @@ class Evaluation:
     def accuracy(self) -> float:
         """Top-1 accuracy in percent."""
         return 100 * self.correct / self.images
+
+
+def rounded_to_16_bit(network: nn.Module) -> nn.Module:
+    """A copy of `network` on the CPU with every parameter rounded to 16 bit, as half precision counts them."""
+    network = copy.deepcopy(network).cpu()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.half().float()
+    return network
 
 
 @torch.no_grad()

@@ -11,6 +11,15 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; macOS counts byt
 MIB = 2**20
 
 
+def _largest(who: int) -> int:
+    """Peak resident bytes of this process (RUSAGE_SELF) or of its largest child that has ended (RUSAGE_CHILDREN)."""
+    return resource.getrusage(who).ru_maxrss * MAXRSS_UNIT
+
+
+# `import torch` forks a process for a moment, which counts with all the pages that it shares
+OF_IMPORTS = _largest(resource.RUSAGE_CHILDREN)
+
+
 def peak_memory() -> dict[str, int]:
     """The most bytes at once, since the program started.
 
@@ -18,10 +27,8 @@ def peak_memory() -> dict[str, int]:
     decoded images (pages that both share count in both), `gpu` what tensors took on the fullest GPU (only where one
     was used).
     """
-    own, children = (
-        resource.getrusage(who).ru_maxrss * MAXRSS_UNIT for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    peak = {"resident": own, "child": children}
+    children = _largest(resource.RUSAGE_CHILDREN)
+    peak = {"resident": _largest(resource.RUSAGE_SELF), "child": children if children > OF_IMPORTS else 0}
     if torch.cuda.is_initialized():
         peak["gpu"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     return peak

@@ -38,8 +38,8 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from engine import DATASETS, MAX_IMAGE_SIZE, UserError, coding
-from engine.checkpoint import Checkpoint
+from engine import UserError, coding
+from engine.checkpoint import TOLD, Checkpoint
 from engine.files import write_whole
 from model import MICRONETS
 from model.identify import expected_state_dict, mismatches
@@ -341,12 +341,7 @@ def _is_positive(value: object) -> bool:
 
 def _small(extra: dict) -> dict:
     """What is kept of a checkpoint's `extra`, if a program here can have written it."""
-    valid = {
-        "dataset": lambda name: name in DATASETS,
-        "image_size": lambda size: type(size) is int and 0 < size <= MAX_IMAGE_SIZE,
-        "accuracy": lambda accuracy: type(accuracy) is float,
-    }
-    return {key: extra[key] for key, is_valid in valid.items() if key in extra and is_valid(extra[key])}
+    return {key: extra[key] for key, is_valid in TOLD.items() if key in extra and is_valid(extra[key])}
 
 
 def _short(text: object) -> str:

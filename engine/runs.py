@@ -4,17 +4,19 @@
     FOLDER/last.pt          the state after the last whole epoch: what resuming reads
     FOLDER/best*.pt         the best network so far (of each phase)
     FOLDER/log.jsonl        one JSON line an epoch
+    FOLDER/seconds          what the whole epochs took, over all processes that were at this run
     FOLDER/result.json      written when the run is finished
     FOLDER/lock             held by the process that is at this run, and named in it
 
-A process may be killed between any two of these writes. The best network is saved before `last.pt`, and `last.pt`
-decides: the epoch after it is repeated and gives the same bytes, and `log.jsonl` follows from it.
+A process may be killed between any two of these writes. `last.pt` is written first and decides: `log.jsonl` and, if
+the last epoch is the best so far, the best network follow from it, and the epoch after it is repeated.
 
 The folder's name ends in a digest of the arguments: runs with different arguments never share a folder.
 """
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -37,6 +39,7 @@ class Run:
         self.history: list[dict] = []
         self.state: dict | None = None
         self._lock: TextIO | None = None
+        self._counted_to = 0.0
 
     @property
     def last(self) -> Path:
@@ -66,40 +69,39 @@ class Run:
         if distributed.is_first():
             (self.folder / "result.json").unlink(missing_ok=True)
             if not (resume and self.last.is_file()):
-                for old in (self.last, self.folder / "log.jsonl", *self.folder.glob("best*.pt")):
+                written = ("last.pt", "log.jsonl", "seconds")
+                for old in (*(self.folder / name for name in written), *self.folder.glob("best*.pt")):
                     old.unlink(missing_ok=True)
         distributed.wait_for_all()
         if resume and self.last.is_file():
             try:
                 content = _read_state(self.last)
                 if content["arguments"] != self.arguments:
-                    raise UserError(f"{self.last}: is of a run with other arguments ({self.difference(self.last)})")
+                    difference = self.difference(content["arguments"])
+                    raise UserError(f"{self.last}: is of a run with other arguments ({difference})")
             except UserError as error:
                 raise UserError(f"{error}; --no-resume starts this run afresh") from None
             self.state, self.history = content["state"], content["history"]
             self._write_log()
+        self._counted_to = time.monotonic()
 
     def _hold(self) -> None:
         if distributed.is_first():
             self._lock = self._lock or hold(self.folder / "lock")
 
-    def adopt(self, path: Path) -> bool:
-        """Take over `path`, another run's `last.pt`, and the best networks beside it, if its arguments are this run's.
+    def adopt(self, path: Path, content: dict) -> None:
+        """Take over `content`, read from `path`, the `last.pt` of a run with the same arguments, and what is beside it.
         """
-        content = _read_state(path)
-        if content["arguments"] != self.arguments:
-            return False
         if path.resolve() != self.last.resolve():
             self._hold()
             (self.folder / "result.json").unlink(missing_ok=True)
-            for best in path.parent.glob("best*.pt"):
-                write_whole(best.read_bytes(), self.folder / best.name)
+            for file in (*path.parent.glob("best*.pt"), *path.parent.glob("seconds")):
+                write_whole(file.read_bytes(), self.folder / file.name)
             save(content, self.last)
-        return True
 
-    def difference(self, path: Path) -> str:
-        """Say the first argument in which the run that wrote `path` differs from this one."""
-        theirs, missing = _read_state(path)["arguments"], object()
+    def difference(self, theirs: dict) -> str:
+        """Say the first argument in which a run with the arguments `theirs` differs from this one."""
+        missing = object()
         keys = {**theirs, **self.arguments}
         key = next(key for key in keys if theirs.get(key, missing) != self.arguments.get(key, missing))
         return f"{key} was {theirs.get(key)} and is {self.arguments.get(key)}"
@@ -109,6 +111,17 @@ class Run:
         self.history.append(record)
         save({"arguments": self.arguments, "state": state, "history": self.history}, self.last)
         self._write_log()
+        write_text(self.folder / "seconds", f"{self.seconds:.3f}\n")
+        self._counted_to = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """What the run took up to now, without the unfinished epochs of processes that were interrupted."""
+        try:
+            before = float((self.folder / "seconds").read_text())
+        except (OSError, ValueError):
+            before = 0.0
+        return before + time.monotonic() - self._counted_to
 
     def _write_log(self) -> None:
         write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
@@ -118,14 +131,16 @@ class Run:
         """The record of the most accurate epoch, the first of equals; None before any."""
         return max(self.history, key=lambda record: record["accuracy"], default=None)
 
-    def check(self, kinds: dict[str, type], *networks: str) -> None:
-        """Raise ValueError unless all records have these keys and kinds, and these files of networks are there."""
+    def check_history(self, kinds: dict[str, type]) -> None:
+        """Raise ValueError unless all records have these keys and kinds."""
         for record in self.history:
             if record.keys() != kinds.keys() or not all(isinstance(record[key], kinds[key]) for key in kinds):
                 raise ValueError(f"{str(record)[:100]} is no record of an epoch")
-        for name in networks:
-            if not (self.folder / name).is_file():
-                raise ValueError(f"{name} beside it is missing")
+
+    def check_file(self, name: str) -> None:
+        """Raise ValueError unless the file `name` is in the run's folder."""
+        if not (self.folder / name).is_file():
+            raise ValueError(f"{name} beside it is missing")
 
     def finish(self, result: dict) -> None:
         """Write the result, and let other processes at this run."""
@@ -158,8 +173,12 @@ def _is_flat(record: object) -> bool:
 
 def resume_from(path: Path, runs: list[Run]) -> None:
     """Let the run among `runs` that `path` belongs to continue from it; UserError names what differs."""
-    if not any(run.adopt(path) for run in runs):
-        raise UserError(
-            f"--resume {path}: that run had other arguments ({runs[0].difference(path)}); "
-            f"repeat its command line, or leave --resume out to start afresh"
-        )
+    content = _read_state(path)
+    for run in runs:
+        if run.arguments == content["arguments"]:
+            run.adopt(path, content)
+            return
+    raise UserError(
+        f"--resume {path}: that run had other arguments ({runs[0].difference(content['arguments'])}); "
+        f"repeat its command line, or leave --resume out to start afresh"
+    )

@@ -35,6 +35,11 @@ def derived_seed(seed: int, *position: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=position).generate_state(1, np.uint64)[0] >> 1)
 
 
+def cosine(epoch: int, epochs: int) -> float:
+    """The factor of the learning rate in `epoch`, counted from 0: half a cosine from 1 to 0 (arXiv:1608.03983)."""
+    return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
 def train_epoch(
     network: nn.Module, optimizer: Stepper, data: Data, machine: Machine, seed: int, description: str
 ) -> float:

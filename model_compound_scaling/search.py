@@ -1,6 +1,5 @@
 """The grid search: one training run a grid point, a table of all, the best network kept."""
 
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -30,7 +29,6 @@ def run(args: Namespace) -> int:
     points = list(zip(args.grid[::2], args.grid[1::2]))
     multipliers = [scaled(d, w, args.phi) for d, w in points]
     machine = choose_machine(args.cuda, args.amp, args.compile)
-    args.amp = machine.amp
     data = load_data(
         args.dataset or "CIFAR100",
         args.data_path,
@@ -83,10 +81,9 @@ def train_point(multipliers: dict, data: Data, machine: Machine, args: Namespace
     row = {**size(network, data.image_size), "spec": spec}
     say(f"  {row['blocks']} blocks of {row['channels']} channels, {row['params']:,} parameters")
     run.open(resume=not args.no_resume)
-    start = time.monotonic()
     best = train(network, spec, data, machine, args, run)
     row |= {"accuracy": best["accuracy"], "best_epoch": best["epoch"], "diverged": best.get("diverged")}
-    row |= {"seconds": time.monotonic() - start, "peak_memory": peak_memory()}
+    row |= {"seconds": run.seconds, "peak_memory": peak_memory()}
     run.finish(row)
     return row
 

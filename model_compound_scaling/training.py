@@ -1,29 +1,35 @@
 """Training one network from scratch: SGD with Nesterov momentum, the best epoch kept."""
 
-import warnings
 from argparse import Namespace
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from engine.checkpoint import expecting, network_content, save
 from engine.data import Data
 from engine.device import Machine
-from engine.evaluation import evaluate
+from engine.evaluation import Diverged, evaluate
 from engine.report import say
 from engine.restore import restore_network, restore_optimizer
 from engine.runs import Run
-from engine.training import Diverged, derived_seed, train_epoch
+from engine.training import cosine, derived_seed, train_epoch
 
-RECORD = {"epoch": int, "lr": float, "train_loss": float, "val_loss": float, "accuracy": float}  # of an epoch
+IMAGENET_STEPS = (30, 60, 90)  # epochs
+RECORD = {  # of an epoch
+    "epoch": int,
+    "lr": float,
+    "amp": str,
+    "train_loss": float,
+    "val_loss": float,
+    "accuracy": float,
+}
 
 
-def schedule(optimizer: torch.optim.Optimizer, data: Data, epochs: int) -> LRScheduler:
-    """Learning rate over the epochs: cosine annealing to 0; for ImageNet steps at 30, 60, 90 by 0.1."""
-    if data.name == "ImageNet":
-        return MultiStepLR(optimizer, milestones=[30, 60, 90], gamma=0.1)
-    return CosineAnnealingLR(optimizer, T_max=epochs)
+def learning_rate_factor(dataset: str, epoch: int, epochs: int) -> float:
+    """The factor of the learning rate in `epoch`, counted from 0: a half cosine; for ImageNet steps by 0.1."""
+    if dataset == "ImageNet":
+        return 0.1 ** sum(epoch >= step for step in IMAGENET_STEPS)
+    return cosine(epoch, epochs)
 
 
 def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Namespace, run: Run) -> dict:
@@ -41,43 +47,47 @@ def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Na
         nesterov=args.momentum > 0,
         fused=True,
     )
+
+    def save_best() -> None:
+        extra = {"dataset": data.name, "image_size": data.image_size, "accuracy": best["accuracy"]}
+        save(network_content(spec, network, **extra), run.folder / "best.pt")
+
     first, best = args.start_epoch, {"epoch": None, "accuracy": 0.0}
     if run.state:
         with expecting(run.last, "the state of this run"):
             restore_network(network, run.state["network"])
             restore_optimizer(optimizer, run.state["optimizer"])
-            run.check(RECORD, "best.pt")
+            run.check_history(RECORD)
             first, best = min(max(0, run.history[-1]["epoch"]), args.epochs), run.best
+            if best is run.history[-1]:  # the process may have ended before it saved that network
+                save_best()
+            run.check_file("best.pt")
         say(f"  continuing after epoch {first}")
 
-    scheduler = schedule(optimizer, data, args.epochs)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a schedule ahead of its optimizer
-        for _ in range(first):
-            scheduler.step()
     runner = machine.runner(network)
     for epoch in range(first, args.epochs):
-        lr = scheduler.get_last_lr()[0]
+        lr = args.lr * learning_rate_factor(data.name, epoch, args.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        seed = derived_seed(args.seed, epoch)
         try:
-            loss = train_epoch(
-                runner, optimizer, data, machine, derived_seed(args.seed, epoch), f"epoch {epoch + 1}/{args.epochs}"
-            )
-            validation = evaluate(network, data, machine)
+            loss = train_epoch(runner, optimizer, data, machine, seed, f"epoch {epoch + 1}/{args.epochs}")
+            validation = evaluate(network, data, machine.in_32_bit())
         except Diverged as error:
             say(f"  stopped: {error}; try a smaller --lr than {args.lr:g}")
             return {**best, "diverged": str(error)}
-        scheduler.step()
         record = {
             "epoch": epoch + 1,
             "lr": lr,
+            "amp": machine.amp,
             "train_loss": loss,
             "val_loss": validation.loss,
             "accuracy": validation.accuracy,
         }
+        run.save_epoch(record, {"network": network.state_dict(), "optimizer": optimizer.state_dict()})
         if best["epoch"] is None or validation.accuracy > best["accuracy"]:
             best = record
-            extra = {"dataset": data.name, "image_size": data.image_size, "accuracy": validation.accuracy}
-            save(network_content(spec, network, **extra), run.folder / "best.pt")
-        run.save_epoch(record, {"network": network.state_dict(), "optimizer": optimizer.state_dict()})
+            save_best()
         say(
             f"  epoch {epoch + 1:3d}/{args.epochs}  lr {lr:.4f}  train loss {loss:.4f}  "
             f"val loss {validation.loss:.4f}  accuracy {validation.accuracy:5.2f}%  best {best['accuracy']:5.2f}%"

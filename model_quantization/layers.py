@@ -7,7 +7,6 @@ their gradients views into `gradient`.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +17,7 @@ from model_quantization import ec2t
 from model_quantization.ec2t import Extent
 
 ROW = 256  # weights
-CHUNK = 1024  # rows worked on at a time: they stay in a CPU's cache, and temporary tensors stay small
-
-
-class LayerStatistics(NamedTuple):
-    """Numbers a layer `[L]`, on the CPU: cluster sizes, centroids, entropy in bits a weight."""
-
-    n_p: Tensor
-    n_0: Tensor
-    n_n: Tensor
-    w_p: Tensor
-    w_n: Tensor
-    entropy: Tensor
+CHUNK = 1024  # rows that a CPU works on at a time: they stay in its cache; a GPU takes all in one launch
 
 
 class TernaryLayers:
@@ -50,7 +38,7 @@ class TernaryLayers:
         parameters = dict(network.named_parameters())
         self.names = list(names)
         self.parameters = [parameters[name] for name in names]
-        self.prune, self.frozen, self.chunk = prune, False, CHUNK
+        self.prune, self.frozen = prune, False
         device, dtype = self.parameters[0].device, self.parameters[0].dtype
         sizes = [p.numel() for p in self.parameters]
         rows = [-(-size // ROW) for size in sizes]
@@ -67,6 +55,7 @@ class TernaryLayers:
             parameter.data = view
             parameter.grad = self.view(self.gradient, i)  # backward adds to it
         self.weights = nn.Parameter(self.quantized.float().clone())
+        self.chunk = CHUNK if device.type == "cpu" else len(self.weights)
         self.weights.grad = self.gradient.float()  # the same memory for float32 parameters
         counts, total = torch.tensor(rows, device=device), sum(rows)
         layers = torch.arange(len(rows), device=device)
@@ -180,15 +169,17 @@ class TernaryLayers:
         """`[R]` to float64 `[L, most rows of a layer]`, filled up with zeros: sums in a fixed order."""
         return F.pad(per_row.double(), (0, 1))[self._rows_of_layer]
 
-    def statistics(self) -> LayerStatistics:
-        """Cluster sizes, centroids and entropy of every layer."""
+    def cluster_sizes(self) -> tuple[Tensor, Tensor]:
+        """The number of weights assigned to w_p and to -w_n in each layer, `[L]`."""
         n_p, n_n = (
-            self._per_layer(torch.cat([(sign * self.assignment[r] > 0).sum(1) for r in self._chunks()])).sum(1)
+            self._per_layer(torch.cat([(self.assignment[r] == sign).sum(1) for r in self._chunks()])).sum(1)
             for sign in (1, -1)
         )
-        w_p, w_n = self.centroids.detach().double()
-        entropy = ec2t.entropy(n_p, n_n, self.numel)
-        return LayerStatistics(*(t.cpu() for t in (n_p, self.numel - n_p - n_n, n_n, w_p, w_n, entropy)))
+        return n_p, n_n
+
+    def entropy(self) -> float:
+        """First-order entropy of the assignments, in bits a weight over all layers."""
+        return ((ec2t.entropy(*self.cluster_sizes(), self.numel) * self.numel).sum() / self.numel.sum()).item()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of everything that training changes."""

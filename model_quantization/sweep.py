@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import torch
 from engine.checkpoint import Checkpoint, expecting, find, read_network, save, wanted_spec
 from engine.data import Data, load_data
 from engine.device import Machine, choose_machine
-from engine.distributed import is_first
-from engine.evaluation import evaluate
+from engine.distributed import is_first, wait_for_all
+from engine.evaluation import evaluate, rounded_to_16_bit
 from engine.files import hold
 from engine.memory import peak_memory, say_peak_memory
 from engine.preprocessing import preprocessing_of
@@ -31,8 +30,18 @@ from model_quantization.pretrained import published_weights
 from model_quantization.training import Point
 
 RESULT_ARGUMENTS = (
-    *("epochs", "retrain_epochs", "batch_size", "lr", "lr2", "schedule", "weight_decay", "lambda_sustain"),
-    *("do_prune", "seed", "amp", "compile"),
+    "epochs",
+    "retrain_epochs",
+    "batch_size",
+    "lr",
+    "lr2",
+    "schedule",
+    "weight_decay",
+    "lambda_sustain",
+    "do_prune",
+    "seed",
+    "amp",
+    "compile",
 )
 
 
@@ -41,12 +50,12 @@ def run(args: Namespace) -> int:
     path = published_weights(args.model) if args.pretrained else find(args.model_dict, Path(FP_MODELS))
     checkpoint = read_network(path, wanted_spec(args.model, args.dw_multps, args.phi))
     machine = choose_machine(args.cuda, args.amp, args.compile)
-    args.amp = machine.amp
     data = checkpoint_data(checkpoint, args, machine)
     checkpoint = checkpoint.with_classes(data.classes, data.name, args.data_path, derived_seed(args.seed, 0))
     if args.eval:
-        evaluation = evaluate(machine.place(checkpoint.network()), data, machine)
-        say(f"{path}: accuracy {evaluation.accuracy:.2f}% before quantization")
+        network = machine.place(checkpoint.network())
+        accuracy = evaluate(network, data, machine.in_32_bit()).accuracy
+        say(f"{path}: accuracy {accuracy:.2f}% before quantization")
 
     save_dir = Path(args.save_dir)
     grid = list(itertools.product(args.ini_c_divrs, args.lambda_max_divrs))
@@ -140,27 +149,30 @@ def run_point(
         say(f"  finished before with {run.result['accuracy']:.2f}% at {run.result['zeros']:.2f}% zeros")
     else:
         run.open(resume=not args.no_resume)
-        start = time.monotonic()
         best = Point(checkpoint, s, g, data, machine, args, run).train()
-        if not is_first():
-            return
-        best |= {"seconds": time.monotonic() - start, "peak_memory": peak_memory()}
-        run.finish({"s": s, "g": g, **best, **scored(run, best, data)})
+        result = {"s": s, "g": g, **best, **scored(run, best, data, machine)}
+        run.finish(result | {"seconds": run.seconds, "peak_memory": peak_memory()})
     if args.plot_ternarization and is_first():
         say(f"  plot: {plot_ternarization(read_best(run, run.result['phase']), run)}")
 
 
-def scored(run: Run, best: dict, data: Data) -> dict:
-    """What the best network counts as at 16 bit on the `published` ruler, or `challenge` where that has no form."""
+def scored(run: Run, best: dict, data: Data, machine: Machine) -> dict:
+    """What the best network counts as and reaches with parameters of 16 bit, as stage 3 scores it by default.
+
+    Counted on the `published` ruler, or on `challenge` where that has no form, at the size of the validation images.
+    """
+    wait_for_all()  # until the first process has written that network
     content = read_best(run, best["phase"])
     network = build(content["model"])
     network.load_state_dict(content["state_dict"])
     name = content["model"]["name"]
     if name in published.MODELS:
-        tally = published.count(network, name, data.image_size, Widths())
+        tally = published.count(network, name, data.val_image_size, Widths())
     else:
-        tally = challenge.count(network.eval(), data.image_size, Widths(add=32))
+        tally = challenge.count(network.eval(), data.val_image_size, Widths(add=32))
+    evaluation = evaluate(machine.place(rounded_to_16_bit(network)), data, machine.in_32_bit())
     return {
+        "accuracy_16_bit": evaluation.accuracy,
         "ruler": tally.ruler,
         "params": tally.params,
         "scoring_params": tally.total_scoring_params,
@@ -172,10 +184,10 @@ def scored(run: Run, best: dict, data: Data) -> dict:
 def select(results: list[dict], by: str, task: Task) -> int:
     """The index of the best result: the highest accuracy, or the smallest score that holds the task's threshold.
 
-    Where none holds it, the highest accuracy is best by score too.
+    The score is that of 16-bit parameters, and so is the accuracy that must hold the threshold. Where none holds it, the highest accuracy is best by score too.
     """
     if by == "score":
-        holding = [i for i, r in enumerate(results) if r["accuracy"] >= task.threshold_percent]
+        holding = [i for i, r in enumerate(results) if r["accuracy_16_bit"] >= task.threshold_percent]
         if holding:
             return min(holding, key=lambda i: results[i]["score"])
         say(f"\nNo network holds {task.threshold_percent:g}%: the highest accuracy counts")
@@ -184,12 +196,13 @@ def select(results: list[dict], by: str, task: Task) -> int:
 
 def comparison(results: list[dict], best: int) -> str:
     """The table of all finished grid points, the best one marked."""
-    headers = ["s", "g", "accuracy", "zeros", "entropy", "scoring params", "MFLOP", "score", "best epoch", "time", ""]
+    headers = ["s", "g", "accuracy", "at 16 bit", "zeros", "entropy", "scoring params", "MFLOP", "score", "best epoch", "time", ""]
     rows = [
         [
             f"{r['s']:g}",
             f"{r['g']:g}",
             f"{r['accuracy']:.2f}%",
+            f"{r['accuracy_16_bit']:.2f}%",
             f"{r['zeros']:.2f}%",
             f"{r['entropy']:.3f} bit",
             f"{r['scoring_params']:,.0f}",

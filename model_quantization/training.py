@@ -1,6 +1,5 @@
 """One point of the sweep: ternarize, then retrain with the assignment frozen."""
 
-import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,20 +10,26 @@ from engine.checkpoint import Checkpoint, expecting, network_content, read, save
 from engine.data import Data
 from engine.device import Machine
 from engine.distributed import wait_for_all
-from engine.evaluation import evaluate
+from engine.evaluation import Diverged, evaluate
 from engine.report import say
 from engine.restore import restore_network
 from engine.runs import Run
-from engine.training import Diverged, derived_seed, train_epoch
+from engine.training import cosine, derived_seed, train_epoch
 from model.layers import is_ternary, pruning_candidates, ternary_candidates
 from model_quantization.layers import TernaryLayers
 from model_quantization.optimizer import EC2TOptimizer
 
-TERNARIZE, RETRAIN = 0, 1
-PHASES = ("ternarize", "retrain")
+PHASES = TERNARIZE, RETRAIN = ("ternarize", "retrain")
 RECORD = {  # of an epoch
-    **{"phase": str, "epoch": int, "lr": float, "train_loss": float | None, "val_loss": float},
-    **{"accuracy": float, "zeros": float, "entropy": float},
+    "phase": str,
+    "epoch": int,
+    "lr": float,
+    "amp": str,
+    "train_loss": float | None,
+    "val_loss": float,
+    "accuracy": float,
+    "zeros": float,
+    "entropy": float,
 }
 
 
@@ -63,15 +68,13 @@ class Point:
 
         A loss that becomes NaN ends the training; the record then has the key `diverged`.
         """
+        phase, epoch = TERNARIZE, 0
         try:
             if self.run.state:
                 with expecting(self.run.last, "the state of this run"):
                     phase, epoch = self._progress()
-                say(f"  continuing after epoch {epoch} of phase {PHASES[phase]!r}")
-                self._train_phase(phase, epoch, self.run.state)
-            else:
-                phase = TERNARIZE
-                self._train_phase(phase, 0)
+                say(f"  continuing after epoch {epoch} of phase {phase!r}")
+            self._train_phase(phase, epoch, self.run.state)
             if phase == TERNARIZE:
                 self._load_best()
                 self._train_phase(RETRAIN, 0)
@@ -82,18 +85,19 @@ class Point:
             return {**self.best, "diverged": str(error)}
         return self.best
 
-    def _progress(self) -> tuple[int, int]:
+    def _progress(self) -> tuple[str, int]:
         """Phase and epoch of the last whole epoch of an earlier process."""
-        self.run.check(RECORD)
+        self.run.check_history(RECORD)
         self.best, last = self.run.best, self.run.history[-1]
-        self.run.check(RECORD, *{self.best_file(phase).name for phase in (PHASES[TERNARIZE], self.best["phase"])})
-        return PHASES.index(last["phase"]), max(0, last["epoch"])
+        if self.best is not last:  # else it follows from the state
+            self.run.check_file(self.best_file(self.best["phase"]).name)
+        return PHASES[PHASES.index(last["phase"])], max(0, last["epoch"])
 
     def best_file(self, phase: str) -> Path:
         """The best network of a phase; separate files, so that a resumed run finds the first phase's."""
         return self.run.folder / f"best_{phase}.pt"
 
-    def _train_phase(self, phase: int, first: int, state: dict | None = None) -> None:
+    def _train_phase(self, phase: str, first: int, state: dict | None = None) -> None:
         """Train from epoch `first` on, continuing from `state` where there is one."""
         epochs = self.args.epochs if phase == TERNARIZE else self.args.retrain_epochs
         self.layers.frozen = phase == RETRAIN
@@ -102,52 +106,59 @@ class Point:
             with expecting(self.run.last, "the state of this run"):
                 optimizer.load_state_dict(state["optimizer"])
                 restore_network(self.network, state["network"])
+            if self.best is self.run.history[-1]:  # the process may have ended before it saved that network
+                self._save_best()
         elif phase == TERNARIZE:
             self._finish_epoch(phase, 0, None, optimizer)
         for epoch in range(first, epochs):
             if self.args.schedule == "cosine":
-                optimizer.scale_learning_rates((1 + math.cos(math.pi * epoch / epochs)) / 2)
-            seed = derived_seed(self.args.seed, 1 + phase, epoch)
-            description = f"{PHASES[phase]} {epoch + 1}/{epochs}"
+                optimizer.scale_learning_rates(cosine(epoch, epochs))
+            seed = derived_seed(self.args.seed, 1 + PHASES.index(phase), epoch)
+            description = f"{phase} {epoch + 1}/{epochs}"
             loss = train_epoch(self.runner, optimizer, self.data, self.machine, seed, description)
             self._finish_epoch(phase, epoch + 1, loss, optimizer)
 
-    def _finish_epoch(self, phase: int, epoch: int, loss: float | None, optimizer: EC2TOptimizer) -> None:
-        """Evaluate; note the epoch; keep the network if it is the best so far; save what resuming needs."""
-        validation = evaluate(self.network, self.data, self.machine)
-        statistics = self.layers.statistics()
+    def _finish_epoch(self, phase: str, epoch: int, loss: float | None, optimizer: EC2TOptimizer) -> None:
+        """Evaluate; note the epoch; save what resuming needs, and the network if it is the best so far."""
+        validation = evaluate(self.network, self.data, self.machine.in_32_bit())
         record = {
-            "phase": PHASES[phase],
+            "phase": phase,
             "epoch": epoch,
             "lr": optimizer.lr,
+            "amp": self.machine.amp,
             "train_loss": loss,
             "val_loss": validation.loss,
             "accuracy": validation.accuracy,
             "zeros": zeros_percent(self.network),
-            "entropy": ((statistics.entropy * self.layers.numel.cpu()).sum() / self.layers.numel.sum().cpu()).item(),
+            "entropy": self.layers.entropy(),
         }
+        self.run.save_epoch(record, {"network": self.network.state_dict(), "optimizer": optimizer.state_dict()})
         if self.best is None or validation.accuracy > self.best["accuracy"]:
             self.best = record
-            content = network_content(
-                self.spec,
-                self.network,
-                dataset=self.data.name,
-                image_size=self.data.image_size,
-                accuracy=validation.accuracy,
-                **self.layers.by_layer(),
-            )
-            save(content | {"layers": self.layers.state_dict()}, self.best_file(PHASES[phase]))
-        self.run.save_epoch(record, {"network": self.network.state_dict(), "optimizer": optimizer.state_dict()})
+            self._save_best()
         say(
-            f"  {PHASES[phase]:<9} {epoch:3d}  train loss {'   -  ' if loss is None else f'{loss:.4f}'}  "
+            f"  {phase:<9} {epoch:3d}  train loss {'   -  ' if loss is None else f'{loss:.4f}'}  "
             f"val loss {validation.loss:.4f}  accuracy {validation.accuracy:6.2f}%  zeros {record['zeros']:5.2f}%  "
             f"entropy {record['entropy']:.3f} bit  best {self.best['accuracy']:6.2f}%"
         )
 
+    def _save_best(self) -> None:
+        """Save the network as it is now, which is the best one."""
+        content = network_content(
+            self.spec,
+            self.network,
+            dataset=self.data.name,
+            image_size=self.data.image_size,
+            val_image_size=self.data.val_image_size,
+            accuracy=self.best["accuracy"],
+            **self.layers.by_layer(),
+        )
+        save(content | {"layers": self.layers.state_dict()}, self.best_file(self.best["phase"]))
+
     def _load_best(self) -> None:
         """Load the best epoch's network, assignments and centroids of the first phase."""
         wait_for_all()
-        path = self.best_file(PHASES[TERNARIZE])
+        path = self.best_file(TERNARIZE)
         content = read(path)
         with expecting(path, "the best network of this run"):
             restore_network(self.network, content["state_dict"])

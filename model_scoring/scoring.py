@@ -1,5 +1,6 @@
 """Scoring: read a network, count it on every ruler, evaluate it, export it."""
 
+import copy
 import importlib
 import json
 import sys
@@ -7,6 +8,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from engine import UserError
@@ -23,7 +25,7 @@ from engine.checkpoint import (
 )
 from engine.data import load_data
 from engine.device import choose_machine
-from engine.evaluation import Evaluation, evaluate
+from engine.evaluation import Evaluation, evaluate, rounded_to_16_bit
 from engine.memory import peak_memory, say_peak_memory
 from engine.packing import is_packed, read_packed, write_packed
 from engine.preprocessing import preprocessing_of
@@ -46,7 +48,7 @@ def run(args: Namespace) -> int:
     say(f"{path}: {describe(checkpoint.spec)}")
     published.prune_depthwise(network, args.prune_threshold)
     dataset = args.dataset or checkpoint.extra.get("dataset") or default_dataset(checkpoint.spec)
-    image_size = args.image_size or checkpoint.extra.get("image_size") or default_image_size(checkpoint.spec)
+    image_size = args.image_size or checkpoint.image_size or default_image_size(checkpoint.spec)
     task = task_of(dataset)
 
     tallies = count_all(network, checkpoint.spec, image_size, args)
@@ -89,8 +91,8 @@ def load(path: Path, args: Namespace) -> tuple[Checkpoint, nn.Module]:
         if differences := mismatches(network.state_dict(), state_dict):
             raise UserError(f"{path} does not fit what {args.model} builds: {differences[0]}")
         network.load_state_dict(state_dict, strict=False)
-        outputs = list(state_dict.values())[-1].shape[0]
-        return Checkpoint(path, {"name": args.model, "num_classes": outputs}, state_dict), network.eval()
+        spec = {"name": args.model, "num_classes": number_of_outputs(network.eval(), args.image_size or 32)}
+        return Checkpoint(path, spec, state_dict), network
     wanted = wanted_spec(args.model, args.dw_multps, args.phi)
     if is_packed(path) or path.suffix == ".safetensors":
         checkpoint = read_packed(path)
@@ -111,6 +113,12 @@ def own_network(builder: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise UserError(f"--model {builder} built a {type(network).__name__}, not a torch.nn.Module")
     return network
+
+
+@torch.no_grad()
+def number_of_outputs(network: nn.Module, image_size: int) -> int:
+    """How many logits a user's own network gives for an image."""
+    return network(torch.zeros(1, 3, image_size, image_size)).shape[-1]
 
 
 def count_all(network: nn.Module, spec: dict, image_size: int, args: Namespace) -> dict[str, Tally]:
@@ -156,9 +164,7 @@ def evaluate_network(
         train=False,
     )
     checkpoint.check_classes(data.classes, data.name, args.data_path)
-    if args.halfprecision:
-        for parameter in network.parameters():
-            parameter.data = parameter.data.half().float()
+    network = rounded_to_16_bit(network) if args.halfprecision else copy.deepcopy(network)  # what is exported stays
     return evaluate(machine.place(network), data, machine)
 
 

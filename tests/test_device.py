@@ -1,7 +1,10 @@
 """Which device and which arithmetic a program takes, on machines that this one may not be."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from torch import nn
 
 from engine import UserError, device
 
@@ -59,3 +62,24 @@ def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
 def test_only_float16_scales_its_gradients():
     cpu = torch.device("cpu")
     assert [device.Machine(cpu, amp).gradient_scaler().is_enabled() for amp in ("off", "bf16", "fp16")] == [0, 0, 1]
+
+
+def test_replicas_in_threads_of_their_own_compute_in_the_same_arithmetic():
+    """What DataParallel calls: a new thread knows nothing of the autocast type that this one set."""
+    network = device.Autocast(nn.Linear(2, 2), device.Machine(torch.device("cpu"), "bf16"))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(network, torch.ones(1, 2)).result().dtype == torch.bfloat16
+
+
+def test_several_gpus_in_one_process_share_a_batch(gpus, monkeypatch):
+    gpus(2)
+    monkeypatch.setattr(nn, "DataParallel", lambda network: ("shared", network))
+    shared, replica = device.Machine(torch.device("cuda"), "bf16").runner(nn.Linear(2, 2))
+    assert shared == "shared" and isinstance(replica, device.Autocast)
+
+
+@pytest.mark.parametrize("amp, warned", [("bf16", True), ("off", False), ("auto", False)])
+def test_emulated_arithmetic_is_said_to_be_slow(monkeypatch, capsys, amp, warned):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    device.choose_machine(cuda=False, amp=amp)
+    assert ("times slower than --amp auto" in capsys.readouterr().out) == warned

@@ -10,7 +10,7 @@ import torch
 import two_processes
 from conftest import ROOT
 
-from engine import UserError
+from engine import UserError, distributed
 from engine.checkpoint import network_content, read, save
 from engine.data import load_data
 from model import build
@@ -82,11 +82,36 @@ def test_stages_run_under_torchrun_and_one_process_speaks(tmp_path):
     assert read(tmp_path / "Ternary_best_acc.pt")["accuracy"] == max(record["accuracy"] for record in history)
 
 
+def test_scaling_walks_its_grid_under_torchrun(tmp_path):
+    done = torchrun(
+        *("run_compound_scaling.py", "--save-dir", str(tmp_path)),
+        *"--dataset digits --image-size 8 --grid 0.14 0.5 0.14 0.4 --phi 1 --epochs 1 --batch-size 358".split(),
+        *"--no-cuda --amp off".split(),
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(file.read_text())["accuracy"] for file in tmp_path.rglob("result.json")]
+    assert len(results) == 2 and read(tmp_path / "best_model.pt")["accuracy"] == max(results)
+
+
 def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(distributed, "wait_for_all", lambda: None)
     with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
         load_data("digits", "", torch.device("cpu"), batch_size=15)
+    load_data("digits", "", torch.device("cpu"), batch_size=15, train=False)
+
+
+def test_the_first_process_reads_first(monkeypatch):
+    """What it downloads or decodes, the others find."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    order = []
+    monkeypatch.setattr(distributed, "wait_for_all", lambda: order.append("wait"))
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with distributed.first_process_first():
+            order.append(rank)
+    assert order == ["0", "wait", "wait", "1"]
 
 
 @pytest.mark.parametrize("environment, said", [({"RANK": "3"}, 1), ({"RANK": "3", "WORLD_SIZE": "4"}, 0)])

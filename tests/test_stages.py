@@ -105,15 +105,15 @@ def test_cosine_schedule_falls_to_nothing_in_each_phase(resnet, tmp_path):
 
 
 @pytest.mark.parametrize("amp", ["auto", "bf16", "fp16"])
-def test_mixed_precision_trains_and_the_run_says_which(resnet, tmp_path, amp):
+def test_mixed_precision_trains_and_the_log_says_which(resnet, tmp_path, amp):
     arguments = "--epochs 1 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0".split()
     quantize(resnet, tmp_path / "off", *arguments)
     quantize(resnet, tmp_path / amp, *arguments, "--amp", amp)
     (reference,), (run,) = runs(tmp_path / "off"), runs(tmp_path / amp)
-    used = json.loads((run / "arguments.json").read_text())["amp"]
-    assert used == amp or amp == "auto" and used in ("bf16", "off")
-    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (reference, run)]
-    losses = [json.loads(log[1])["train_loss"] for log in logs]
+    records = [json.loads((folder / "log.jsonl").read_text().splitlines()[1]) for folder in (reference, run)]
+    used = records[1]["amp"]
+    assert records[0]["amp"] == "off" and (used == amp or amp == "auto" and used in ("bf16", "off"))
+    losses = [record["train_loss"] for record in records]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert (losses[1] == losses[0]) == (used == "off")
 
@@ -132,7 +132,41 @@ def test_quantization_resumes_bit_identically(resnet, tmp_path, monkeypatch, who
     assert (tmp_path / "whole" / best).read_bytes() == (tmp_path / "parts" / best).read_bytes()
 
 
-def test_resume_takes_the_state_of_another_folder_and_refuses_other_arguments(resnet, tmp_path, monkeypatch):
+@pytest.mark.parametrize("whole_epochs", [0, 1, 3])
+def test_a_best_network_that_was_not_saved_in_time_follows_from_the_state(resnet, tmp_path, monkeypatch, whole_epochs):
+    """A process that ends between `last.pt` and the best network's file."""
+    arguments = "--epochs 2 --retrain-epochs 2 --lr 1e-3 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
+    quantize(resnet, tmp_path / "whole", *arguments)
+    (whole,), saved = runs(tmp_path / "whole"), itertools.count()
+    bests = [json.loads(line)["accuracy"] for line in (whole / "log.jsonl").read_text().splitlines()]
+    last_best = sum(accuracy > max([-1, *bests[:i]]) for i, accuracy in enumerate(bests)) - 1
+    original = model_quantization.training.save
+
+    def save_until_killed(content: dict, path: Path) -> None:
+        if next(saved) == min(whole_epochs, last_best):
+            raise KeyboardInterrupt
+        original(content, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model_quantization.training, "save", save_until_killed)
+        quantize(resnet, tmp_path / "parts", *arguments)
+    quantize(resnet, tmp_path / "parts", *arguments)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts", (*FILES, "best_ternarize.pt"))
+
+
+def test_time_is_counted_over_all_processes_of_a_run(tmp_path, monkeypatch):
+    arguments = ["--grid", "0.14", "0.5", "--epochs", "2", "--lr", "0.05"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 1)
+        scale(tmp_path, *arguments)
+    (run,) = runs(tmp_path)
+    assert float((run / "seconds").read_text()) > 0
+    (run / "seconds").write_text("1000\n")
+    scale(tmp_path, *arguments)
+    assert 1000 < json.loads((run / "result.json").read_text())["seconds"] < 1100
+
+
+def test_resume_refuses_states_of_other_runs(resnet, tmp_path, monkeypatch):
     arguments = "--epochs 2 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 1)
@@ -223,8 +257,16 @@ def test_a_loss_that_becomes_nan_stops_the_point_and_keeps_the_last_good_network
     ],
 )
 def test_selection(rows, by, best):
-    results = [{"accuracy": accuracy, "score": points} for accuracy, points in rows]
+    results = [{"accuracy": accuracy, "accuracy_16_bit": accuracy, "score": points} for accuracy, points in rows]
     assert model_quantization.sweep.select(results, by, engine.rulers.tally.task_of("CIFAR100")) == best
+
+
+def test_the_threshold_must_hold_with_the_parameters_that_the_score_counts():
+    results = [
+        {"accuracy": 80.2, "accuracy_16_bit": 80.1, "score": 3},
+        {"accuracy": 80.0, "accuracy_16_bit": 79.9, "score": 2},
+    ]
+    assert model_quantization.sweep.select(results, "score", engine.rulers.tally.task_of("CIFAR100")) == 0
 
 
 @pytest.mark.parametrize("coo", [False, True])
@@ -246,10 +288,11 @@ def test_scoring_prints_every_layer_and_the_score(resnet, tmp_path, capsys):
     quantize(resnet, tmp_path, *"--epochs 1 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
     (row,) = json.loads((tmp_path / "resnet_sweep.json").read_text())
     capsys.readouterr()
-    score(tmp_path / "Ternary_best_acc.pt", "--eval", "--no-halfprecision")
-    out = capsys.readouterr().out
-    assert sum(line.startswith("  layer") for line in out.splitlines()) >= 18
-    assert f"{row['accuracy']:.2f}%" in out and f"{row['zeros']:.2f}%" in out
+    for bits, accuracy in (("no-halfprecision", row["accuracy"]), ("halfprecision", row["accuracy_16_bit"])):
+        score(tmp_path / "Ternary_best_acc.pt", "--eval", f"--{bits}")
+        out = capsys.readouterr().out
+        assert sum(line.startswith("  layer") for line in out.splitlines()) >= 18
+        assert f"Accuracy   {accuracy:.2f}%" in out and f"{row['zeros']:.2f}%" in out
 
 
 OWN_BUILDER = """
@@ -300,6 +343,28 @@ def test_a_packed_file_scores_as_its_checkpoint_and_unpacks_to_it(resnet, tmp_pa
     for name in before:
         if ".conv" in name:
             assert torch.equal(before[name], after[name])
+
+
+def test_evaluating_changes_nothing_of_what_is_exported(resnet, tmp_path):
+    quantize(resnet, tmp_path, *"--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
+    files = [tmp_path / "plain.safetensors", tmp_path / "evaluated.safetensors"]
+    for file, evaluation in zip(files, ([], ["--eval"])):
+        score(tmp_path / "Ternary_best_acc.pt", "--pack", str(file), "--unpack", f"{file}.pt", *evaluation)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert Path(f"{files[0]}.pt").read_bytes() == Path(f"{files[1]}.pt").read_bytes()
+
+
+def test_a_users_own_network_may_end_in_batch_norm(tmp_path, monkeypatch):
+    """The number of classes is that of its outputs, whatever its last tensor is."""
+    layers = "nn.Conv2d(3, 7, 1), nn.BatchNorm2d(7), nn.AdaptiveAvgPool2d(1), nn.Flatten()"
+    (tmp_path / "ends_in_norm.py").write_text(f"from torch import nn\n\ndef net():\n    return nn.Sequential({layers})\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import ends_in_norm
+
+    torch.save(ends_in_norm.net().state_dict(), "own.pt")
+    assert score(tmp_path / "own.pt", "--model", "ends_in_norm:net", "--json", "own.json") == 0
+    assert json.loads(Path("own.json").read_text())["model"]["num_classes"] == 7
 
 
 def test_before_and_after_stand_side_by_side(resnet, tmp_path, capsys):
