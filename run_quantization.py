@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Stage 2: make a trained network ternary and sparse with EC2T, or prune it."""
 
-from engine.cli import launch
+from engine.launch import launch
 from model_quantization.arguments import parser
 
 if __name__ == "__main__":

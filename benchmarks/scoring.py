@@ -19,12 +19,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.checkpoint import Checkpoint  # noqa: E402
-from engine.packing import read_packed, write_packed  # noqa: E402
-from engine.report import count, table  # noqa: E402
+from engine.report import table, with_unit  # noqa: E402
 from engine.rulers import challenge, improved, published  # noqa: E402
 from engine.rulers.tally import Widths  # noqa: E402
 from model import build  # noqa: E402
 from model.layers import ternary_candidates  # noqa: E402
+from model_scoring.packing import read_packed, write_packed  # noqa: E402
 
 SPECS = {
     "cifar_micronet": ({"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100}, 32),
@@ -53,7 +53,7 @@ def row(model: str, folder: Path) -> list[str]:
     checkpoint, path = Checkpoint(Path(model), spec, network.state_dict()), folder / f"{model}.safetensors"
     return [
         model,
-        count(sum(p.numel() for p in network.parameters())),
+        with_unit(sum(p.numel() for p in network.parameters())),
         seconds(lambda: published.count(network, model, size, Widths())),
         seconds(lambda: challenge.count(network, size, Widths())),
         seconds(lambda: improved.count(network, size, Widths())),

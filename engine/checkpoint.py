@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine import DATASETS, MAX_IMAGE_SIZE, UserError, untrusted
-from engine.cli import is_out_of_memory
+from engine import DATASETS, MAX_IMAGE_SIZE, UserError, is_out_of_memory, untrusted
 from engine.files import write_whole
 from engine.report import say
 from model import MICRONETS, MODELS, build

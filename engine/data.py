@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine import UserError, distributed
+from engine import UserError, distributed, processes
 from engine.augment import Augmentation, Statistics, normalise
 from engine.preprocessing import IMAGENET, Preprocessing, Transform
 from engine.sources import ClassFolders, find_source, open_image
@@ -78,8 +78,8 @@ class ImagesInMemory:
         images, labels = self.train
         generator = torch.Generator(images.device).manual_seed(seed)
         order = torch.randperm(len(labels), device=images.device, generator=generator)
-        if distributed.rank():
-            generator.manual_seed(seed + distributed.rank())
+        if processes.rank():
+            generator.manual_seed(seed + processes.rank())
         for batch in order.split(self.batch_size)[: self.num_train_batches]:
             indices = distributed.share(batch)
             yield self.augmentation(images[indices], generator), labels[indices]
@@ -211,9 +211,9 @@ def load_data(
         preprocessing: how photographs are resized, and all images normalised.
         train: read the training images too; without them, classes may lack validation images.
     """
-    if train and batch_size % distributed.world_size():
+    if train and batch_size % processes.world_size():
         raise UserError(
-            f"--batch-size {batch_size} can't be shared evenly by {distributed.world_size()} processes; take a multiple"
+            f"--batch-size {batch_size} can't be shared evenly by {processes.world_size()} processes; take a multiple"
         )
     with distributed.first_process_first():
         source = find_source(name, Path(path), with_train=train, threads=max(workers, 1))

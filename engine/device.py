@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import UserError, distributed
+from engine import UserError, distributed, processes
 from engine.report import say
 
 BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of CPUs that multiply bfloat16 in hardware
@@ -37,7 +37,7 @@ class Machine:
 
         Over several processes, backward leaves the gradients' average in each of them.
         """
-        if distributed.world_size() > 1:
+        if processes.world_size() > 1:
             network = DistributedDataParallel(network)
         elif self.device.type == "cuda" and torch.cuda.device_count() > 1:
             network = nn.DataParallel(Autocast(network, self))
@@ -75,13 +75,13 @@ class Autocast(nn.Module):
 def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machine:
     """Take the GPUs if wanted and there, else the CPU, and say which; `amp` as `--amp`."""
     on_gpu = cuda and torch.cuda.is_available()
-    if distributed.world_size() > 1:
+    if processes.world_size() > 1:
         device = distributed.join(on_gpu)
     else:
         device = torch.device("cuda" if on_gpu else "cpu")
     fastest = fastest_arithmetic(device)
     amp = fastest if amp == "auto" else amp
-    if on_gpu and compile and distributed.world_size() == 1 and torch.cuda.device_count() > 1:
+    if on_gpu and compile and processes.world_size() == 1 and torch.cuda.device_count() > 1:
         raise UserError(
             f"--compile on {torch.cuda.device_count()} GPUs needs one process a GPU: start the program with torchrun "
             f"--nproc_per_node={torch.cuda.device_count()}, or let CUDA_VISIBLE_DEVICES name one GPU"
@@ -96,8 +96,8 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
     how = ["32 bit" if amp == "off" else amp]
     if compile:
         how.append("compiled")
-    if distributed.world_size() > 1:
-        how.append(f"{distributed.world_size()} processes")
+    if processes.world_size() > 1:
+        how.append(f"{processes.world_size()} processes")
     say(f"Running on {where}, {', '.join(how)}")
     if amp != "off" and fastest == "off":
         say(f"This CPU has no {amp}: emulating it is many times slower than --amp auto, which takes 32 bit here")

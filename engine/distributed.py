@@ -15,23 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine import UserError
+from engine.processes import is_first, rank, world_size
 
 PATIENCE = datetime.timedelta(hours=2)  # one process scores and plots while the others wait
-
-
-def world_size() -> int:
-    """How many processes there are, as `torchrun` says in the environment; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-
-
-def rank() -> int:
-    """This process's number; 0 in a single process."""
-    return int(os.environ["RANK"]) if world_size() > 1 else 0
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return rank() == 0
 
 
 def join(cuda: bool) -> torch.device:

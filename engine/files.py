@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from engine import UserError, distributed
+from engine import UserError, processes
 
 UNFINISHED = ".ec2t-"  # what the names of files begin with that are still being written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks answer
@@ -21,7 +21,7 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
     What killed processes left unfinished in that folder is removed. UserError where the file can't be written. Of
     several processes that train together, the first alone writes.
     """
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     temporary = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")  # unique, also among hosts that share the folder
     try:

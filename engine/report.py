@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
-from engine import distributed
+from engine import processes
 
 
 def say(line: str = "") -> None:
     """Print one line at once, also into a redirected log, without breaking a progress bar; first process only."""
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
@@ -18,7 +18,7 @@ def say(line: str = "") -> None:
 
 def progress(items: Iterable, description: str, total: int) -> tqdm:
     """Iterate with a progress bar on a terminal; silently where the console is redirected."""
-    silent = not (distributed.is_first() and sys.stderr.isatty() and sys.stdout.isatty())
+    silent = not (processes.is_first() and sys.stderr.isatty() and sys.stdout.isatty())
     return tqdm(items, desc=description, total=total, leave=False, disable=silent)
 
 
@@ -32,7 +32,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def count(number: float) -> str:
+def with_unit(number: float) -> str:
     """A large number with the unit that reads best: 8055124 is 8.06M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= limit:

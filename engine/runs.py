@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from engine import UserError, distributed
+from engine import UserError, distributed, processes
 from engine.checkpoint import read, save
 from engine.files import hold, write_whole
 
@@ -66,7 +66,7 @@ class Run:
         """
         self._hold()
         write_text(self.folder / "arguments.json", json.dumps(self.arguments, indent=2) + "\n")
-        if distributed.is_first():
+        if processes.is_first():
             (self.folder / "result.json").unlink(missing_ok=True)
             if not (resume and self.last.is_file()):
                 written = ("last.pt", "log.jsonl", "seconds")
@@ -86,7 +86,7 @@ class Run:
         self._counted_to = time.monotonic()
 
     def _hold(self) -> None:
-        if distributed.is_first():
+        if processes.is_first():
             self._lock = self._lock or hold(self.folder / "lock")
 
     def adopt(self, path: Path, content: dict) -> None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +20,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from engine import UserError
-from engine.packed_images import Packed, cached, packed_files, read_packed
+from engine.image_arrays import ImageArrays, cached, find_arrays, read_arrays
 from engine.report import say
 
 SMALL_IMAGE_SIZE = 32  # px, of CIFAR; MNIST and the digits are enlarged to it
@@ -47,8 +46,8 @@ def find_source(name: str, path: Path, with_train: bool, threads: int) -> Source
         return Digits()
     if splits := _class_folders(path, with_train):
         return ClassFolders(*splits, with_train, threads, None if name == "folder" else SMALL_IMAGE_SIZE)
-    if name != "ImageNet" and (files := packed_files(path, with_train)):
-        return PackedFiles(*files, None if name == "folder" else SMALL_IMAGE_SIZE)
+    if name != "ImageNet" and (files := find_arrays(path, with_train)):
+        return ArrayFiles(*files, None if name == "folder" else SMALL_IMAGE_SIZE)
     if name in ("ImageNet", "folder"):
         looked_for = "train/ and val/ or test/" if with_train else "val/ or test/"
         raise UserError(
@@ -87,11 +86,11 @@ class ClassFolders:
         return _tensors(*arrays)
 
 
-class PackedFiles:
-    """One `.npz` file a split, as `engine.packed_images` describes them."""
+class ArrayFiles:
+    """One `.npz` file a split, as `engine.image_arrays` describes them."""
 
     def __init__(self, train: Path, val: Path, native_size: int | None):
-        self._splits: dict[str, Packed] = {"train": read_packed(train), "val": read_packed(val)}
+        self._splits: dict[str, ImageArrays] = {"train": read_arrays(train), "val": read_arrays(val)}
         self.classes = self._splits["val"].classes
         if self._splits["train"].classes != self.classes:
             raise UserError(f"{train} and {val} hold different classes; pack them from the same set")

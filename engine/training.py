@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine import distributed
+from engine import distributed, processes
 from engine.data import Data
 from engine.device import Machine
 from engine.evaluation import Diverged
@@ -48,7 +48,7 @@ def train_epoch(
     Raises Diverged as soon as a look at the loss finds it NaN or infinite, in all processes alike.
     """
     network.train()
-    torch.manual_seed(seed + distributed.rank())
+    torch.manual_seed(seed + processes.rank())
     scaler = machine.gradient_scaler()
     total = torch.zeros((), device=machine.device)
     bar = progress(data.train_batches(seed), description, data.num_train_batches)
@@ -61,7 +61,7 @@ def train_epoch(
         scaler.update()
         total += loss.detach()
         if step % STEPS_BETWEEN_LOOKS == 0 or step == data.num_train_batches:
-            mean = distributed.sum_over_processes(total / (step * distributed.world_size())).item()
+            mean = distributed.sum_over_processes(total / (step * processes.world_size())).item()
             if not math.isfinite(mean):
                 raise Diverged(f"the training loss became {mean} within {step} steps of {description}")
             bar.set_postfix(loss=f"{mean:.3f}")

@@ -2,8 +2,7 @@
 
 import argparse
 
-from engine.cli import (
-    Parser,
+from engine.arguments import (
     add_data_arguments,
     add_machine_arguments,
     add_run_arguments,
@@ -12,6 +11,7 @@ from engine.cli import (
     positive_float,
     positive_int,
 )
+from engine.launch import Parser
 
 DESCRIPTION = """\
 Grid search over compound scaling: train MicroNet(d^phi, w^phi) for every pair of depth and width multipliers.

@@ -10,9 +10,9 @@ from engine import UserError
 from engine.checkpoint import copy, scaled
 from engine.data import Data, ImagesOnDisk, load_data
 from engine.device import Machine, choose_machine
-from engine.distributed import is_first
 from engine.memory import peak_memory, say_peak_memory
-from engine.report import count, say, table
+from engine.processes import is_first
+from engine.report import say, table, with_unit
 from engine.runs import Run, resume_from
 from engine.training import derived_seed
 from model import build
@@ -113,8 +113,8 @@ def comparison(results: list[dict]) -> str:
             f"{r['spec']['width']:.2f}",
             r["blocks"],
             r["channels"],
-            count(r["params"]),
-            count(r["flop"]),
+            with_unit(r["params"]),
+            with_unit(r["flop"]),
             f"{r['accuracy']:.2f}%",
             f"{r['best_epoch'] or '-'}{' (diverged)' if r['diverged'] else ''}",
         ]

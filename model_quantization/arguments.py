@@ -3,8 +3,7 @@
 import argparse
 import re
 
-from engine.cli import (
-    Parser,
+from engine.arguments import (
     add_data_arguments,
     add_machine_arguments,
     add_model_arguments,
@@ -14,9 +13,10 @@ from engine.cli import (
     nonnegative_int,
     positive_float,
     positive_int,
-    share,
+    positive_share,
     switch,
 )
+from engine.launch import Parser
 
 FP_MODELS = "model_quantization/trained_fp_models"
 DESCRIPTION = """\
@@ -48,7 +48,7 @@ def parser() -> Parser:
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument(
         "--ini-c-divrs",
-        type=share,
+        type=positive_share,
         nargs="+",
         default=[0.15, 0.3, 0.5],
         metavar="S",

@@ -11,11 +11,12 @@ import torch
 from engine.checkpoint import Checkpoint, expecting, find, read_network, save, wanted_spec
 from engine.data import Data, load_data
 from engine.device import Machine, choose_machine
-from engine.distributed import is_first, wait_for_all
+from engine.distributed import wait_for_all
 from engine.evaluation import evaluate, rounded_to_16_bit
 from engine.files import hold
 from engine.memory import peak_memory, say_peak_memory
 from engine.preprocessing import preprocessing_of
+from engine.processes import is_first
 from engine.report import say, table
 from engine.restore import check_alike
 from engine.rulers import challenge, published

@@ -1,14 +1,14 @@
 """The command line of `run_scoring.py`."""
 
-from engine.cli import (
-    Parser,
+from engine.arguments import (
     add_data_arguments,
     add_machine_arguments,
     add_model_arguments,
     positive_int,
-    share,
+    positive_share,
     switch,
 )
+from engine.launch import Parser
 from model_scoring import RULERS
 
 T_MODELS = "model_scoring/trained_t_models"
@@ -47,7 +47,7 @@ def parser() -> Parser:
     )
     scoring.add_argument(
         "--prune-threshold",
-        type=share,
+        type=positive_share,
         default=1.0,
         metavar="T",
         help="first set depthwise weights below T times their layer's largest magnitude to zero; 1 prunes nothing",

@@ -27,9 +27,8 @@ from engine.data import load_data
 from engine.device import choose_machine
 from engine.evaluation import Evaluation, evaluate, rounded_to_16_bit
 from engine.memory import peak_memory, say_peak_memory
-from engine.packing import is_packed, read_packed, write_packed
 from engine.preprocessing import preprocessing_of
-from engine.report import count, say, table
+from engine.report import say, table, with_unit
 from engine.rulers import challenge, improved, published
 from engine.rulers.tally import Tally, Task, Widths, task_of
 from engine.runs import write_text
@@ -39,6 +38,7 @@ from model.identify import mismatches
 from model.layers import is_ternary
 from model_scoring.arguments import SAVED_LAYERS, T_MODELS
 from model_scoring.layers import save_layer
+from model_scoring.packing import is_packed, read_packed, write_packed
 
 
 def run(args: Namespace) -> int:
@@ -213,7 +213,7 @@ def summary(
     lines = [
         "\nSummary",
         table(headers, rows),
-        f"Baseline   {task.name}: {count(task.base_params)} params, {count(task.base_ops)} operations"
+        f"Baseline   {task.name}: {with_unit(task.base_params)} params, {with_unit(task.base_ops)} operations"
         + ("" if own_task else f" ({dataset} with {classes} classes is no task of the challenge)"),
         f"Threshold  {task.correct:,} of {task.images:,} right on {task.name}",
     ]
@@ -243,8 +243,8 @@ def before_and_after(
     before = count_all(network, checkpoint.spec, image_size, plain)[after.ruler]
     rows = [
         ["zeros", f"{before.zeros_percent:.2f}%", f"{after.zeros_percent:.2f}%"],
-        ["scoring params", *(count(t.total_scoring_params) for t in (before, after))],
-        ["FLOP", *(count(t.total_mflop * 1e6) for t in (before, after))],
+        ["scoring params", *(with_unit(t.total_scoring_params) for t in (before, after))],
+        ["FLOP", *(with_unit(t.total_mflop * 1e6) for t in (before, after))],
         ["score", *(f"{t.score(task):.5f}" for t in (before, after))],
     ]
     result = as_dict(before, task)

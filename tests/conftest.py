@@ -76,7 +76,7 @@ def packed(tmp_path_factory) -> bytes:
     """The packed file of a small network with tensors of every kind."""
     from packed_files import mixed
 
-    from engine.packing import Kind, write_packed
+    from model_scoring.packing import Kind, write_packed
 
     path = tmp_path_factory.mktemp("packed") / "mixed.safetensors"
     report = write_packed(mixed(), path)

@@ -12,10 +12,10 @@ import torch
 from reference.make_checkpoint import make_state_dict
 from torch import Tensor
 
-from engine import packing
 from engine.checkpoint import Checkpoint
-from engine.packing import PackReport, read_packed, write_packed
 from model import EFFICIENTNETS, build
+from model_scoring import packing
+from model_scoring.packing import PackReport, read_packed, write_packed
 
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.1, "num_classes": 2}  # 8 channels, 3 blocks
 MICRONET = {"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100}  # 8.1M values

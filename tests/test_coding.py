@@ -13,7 +13,7 @@ from packed_files import (
     allocating_less_than,
 )
 
-from engine import coding
+from model_scoring import coding
 
 quick = settings(max_examples=100, deadline=None)
 symbol_arrays = npst.arrays(np.uint8, st.integers(0, 300), elements=st.integers(0, 2))

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from engine import cli
+from engine import arguments
 from engine.checkpoint import network_content, save
-from engine.cli import Parser, launch
+from engine.launch import EXIT_NOBODY_READS, Parser, launch
 from model import build
 from model_compound_scaling.arguments import parser as scaling_parser
 from model_quantization.arguments import parser as quantization_parser
@@ -132,7 +132,7 @@ def script(body: str, folder: Path, resumable: bool = False) -> str:
     (folder / "program.py").write_text(f"from engine import UserError\n\ndef run(args):\n    {body}\n")
     (folder / "x.py").write_text(
         f"import sys; sys.path.append({str(ROOT)!r})\n"
-        f"from engine.cli import Parser, add_run_arguments, launch\n"
+        f"from engine.arguments import add_run_arguments\nfrom engine.launch import Parser, launch\n"
         f"parser = Parser(prog='x')\n"
         f"{resumable} and add_run_arguments(parser, 'runs')\n"
         f"launch(parser, 'program')\n"
@@ -172,7 +172,7 @@ def test_ctrl_c_says_how_to_go_on_where_that_is_possible(resumable, tmp_path):
 
 
 def test_nobody_reads_any_more(tmp_path):
-    assert ending("print('x' * 9); raise BrokenPipeError", tmp_path)[::2] == (cli.EXIT_NOBODY_READS, "")
+    assert ending("print('x' * 9); raise BrokenPipeError", tmp_path)[::2] == (EXIT_NOBODY_READS, "")
 
 
 @pytest.mark.parametrize(
@@ -215,14 +215,14 @@ def test_an_interruption_of_training_leaves_a_resumable_run(data, sent, said, ma
 # ------------------------------------------------------------------------------------- numbers on the command line
 
 NUMBERS: list[tuple[Callable, str, object]] = [
-    (cli.positive_int, "3", 3),
-    (cli.positive_int, "1_000", 1000),
-    (cli.nonnegative_int, "0", 0),
-    (cli.positive_float, "1e-3", 1e-3),
-    (cli.nonnegative_float, "0", 0.0),
-    (cli.fraction, "0", 0.0),
-    (cli.fraction, "0.999", 0.999),
-    (cli.share, "1", 1.0),
+    (arguments.positive_int, "3", 3),
+    (arguments.positive_int, "1_000", 1000),
+    (arguments.nonnegative_int, "0", 0),
+    (arguments.positive_float, "1e-3", 1e-3),
+    (arguments.nonnegative_float, "0", 0.0),
+    (arguments.fraction, "0", 0.0),
+    (arguments.fraction, "0.999", 0.999),
+    (arguments.positive_share, "1", 1.0),
 ]
 
 
@@ -233,6 +233,6 @@ def test_numbers(parse, text, value):
 
 def test_flags_are_not_guessed_from_their_beginning():
     parser = Parser(prog="x")
-    parser.add_argument("--epochs", type=cli.positive_int)
+    parser.add_argument("--epochs", type=arguments.positive_int)
     with pytest.raises(SystemExit):
         parser.parse_args(["--epo", "3"])

@@ -15,12 +15,12 @@ from test_command_line import script
 from test_stages import FILES, assert_same_runs, interrupt_after, runs, scale
 from torchvision import datasets
 
-import engine.cli
 import engine.data
+import engine.launch
 from engine import UserError
 from engine.checkpoint import read
-from engine.cli import Parser, launch
 from engine.files import UNFINISHED, hold, write_whole
+from engine.launch import Parser, launch
 
 POINT = ["--grid", "0.14", "0.5", "--epochs", "3", "--lr", "0.05"]
 
@@ -229,7 +229,7 @@ def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     def run(args):
         raise error
 
-    monkeypatch.setattr(engine.cli.importlib, "import_module", lambda name: type("Program", (), {"run": run}))
+    monkeypatch.setattr(engine.launch.importlib, "import_module", lambda name: type("Program", (), {"run": run}))
     monkeypatch.setattr(sys, "argv", ["x", "--batch-size", "9"])
     parser = Parser(prog="x")
     parser.add_argument("--batch-size")

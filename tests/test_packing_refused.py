@@ -24,9 +24,10 @@ from packed_files import (
     mixed,
 )
 
-from engine import UserError, coding, packing
-from engine.packing import ENTRY, read_packed, stored_values
+from engine import UserError
 from model import build
+from model_scoring import coding, packing
+from model_scoring.packing import ENTRY, read_packed, stored_values
 
 quick = settings(max_examples=100, deadline=None)
 

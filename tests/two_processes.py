@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from engine import distributed  # noqa: E402
+from engine import distributed, processes  # noqa: E402
 from engine.augment import Augmentation, normalise  # noqa: E402
 from engine.data import ImagesInMemory  # noqa: E402
 from engine.device import choose_machine  # noqa: E402
@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
     result["evaluation"] = (evaluation.loss, evaluation.correct, evaluation.images)
     result["epoch_loss"] = train_epoch(runner, optimizer, data, machine, seed=2, description="")
     result["trained"] = network.state_dict()
-    torch.save(result, folder / f"process_{distributed.rank()}_of_{distributed.world_size()}.pt")
+    torch.save(result, folder / f"process_{processes.rank()}_of_{processes.world_size()}.pt")
 
 
 if __name__ == "__main__":

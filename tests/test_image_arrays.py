@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_image
-from PIL import Image
 
 from engine import UserError
 from engine.data import ImagesInMemory, load_data
@@ -28,7 +27,7 @@ def pack(path: Path, split: str, number: int = 6, size: int = 8, **replaced) -> 
     return content
 
 
-def test_packed_files_are_a_data_set(tmp_path):
+def test_arrays_are_a_data_set(tmp_path):
     train, test = pack(tmp_path, "train", 7), pack(tmp_path, "test", 4)
     data = load(tmp_path)
     assert data.classes == ["cat", "dog"] and data.image_size == 8
@@ -42,8 +41,8 @@ def test_packed_files_are_a_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("replaced", "words"),
     [
-        ({"labels": None}, "holds no packed images"),
-        ({"classes": np.array([print, len], dtype=object)}, "holds no packed images"),
+        ({"labels": None}, "holds no arrays of images"),
+        ({"classes": np.array([print, len], dtype=object)}, "holds no arrays of images"),
         ({"images": np.zeros((6, 8, 8, 3))}, "float64"),
         ({"images": np.zeros((6, 3, 8, 8), np.uint8)}, "not as uint8"),
         ({"labels": np.array([0, 1, 2, 0, 1, 0])}, "its labels"),
@@ -51,7 +50,7 @@ def test_packed_files_are_a_data_set(tmp_path):
         ({"classes": np.array(["cat", "cow"])}, "different classes"),
     ],
 )
-def test_what_is_no_packed_data_set_is_refused(tmp_path, replaced, words):
+def test_what_is_no_data_set_is_refused(tmp_path, replaced, words):
     pack(tmp_path, "train", **replaced)
     pack(tmp_path, "test")
     with pytest.raises(UserError, match=words) as caught:
@@ -59,12 +58,12 @@ def test_what_is_no_packed_data_set_is_refused(tmp_path, replaced, words):
     assert "train.npz" in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_a_truncated_packed_file_is_refused(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     pack(tmp_path, "train")
     pack(tmp_path, "test")
     file = tmp_path / "test.npz"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"test\.npz: holds no packed images"):
+    with pytest.raises(UserError, match=r"test\.npz: holds no arrays of images"):
         load(tmp_path)
 
 

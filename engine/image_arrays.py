@@ -19,15 +19,15 @@ from engine import UserError
 from engine.files import write_whole
 
 
-class Packed(NamedTuple):
-    """The content of a packed file, labels as int64."""
+class ImageArrays(NamedTuple):
+    """The content of a file, labels as int64."""
 
     images: np.ndarray
     labels: np.ndarray
     classes: list[str]
 
 
-def packed_files(path: Path, with_train: bool) -> tuple[Path, Path] | None:
+def find_arrays(path: Path, with_train: bool) -> tuple[Path, Path] | None:
     """`train.npz` and `val.npz` or `test.npz` in `path`, or None; without the first, the second stands for both."""
     train, val = path / "train.npz", next((p for p in (path / "val.npz", path / "test.npz") if p.is_file()), None)
     if val is None or with_train and not train.is_file():
@@ -35,20 +35,20 @@ def packed_files(path: Path, with_train: bool) -> tuple[Path, Path] | None:
     return (train if with_train else val), val
 
 
-def read_packed(file: Path) -> Packed:
-    """Read a packed file, without executing anything in it; UserError where it is damaged or something else."""
+def read_arrays(file: Path) -> ImageArrays:
+    """Read an `.npz` file of images, without executing anything in it; UserError where it is damaged or something else."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images, labels, classes = arrays["images"], arrays["labels"], arrays["classes"].tolist()
     except Exception as error:  # whatever the damaged bytes lead to
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{file}: holds no packed images, labels and classes ({reason}); pack them again") from None
+        raise UserError(f"{file}: holds no arrays of images, labels and classes ({reason}); make it again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise UserError(f"{file}: holds images as {images.dtype} {list(images.shape)}, not as uint8 [N, H, W, 3]")
     fitting = labels.shape == images.shape[:1] and labels.dtype.kind in "iu" and isinstance(classes, list)
     if not fitting or not 0 <= labels.min() <= labels.max() < len(classes):
         raise UserError(f"{file}: its labels do not name one of its classes for each of its {len(images)} images")
-    return Packed(images, labels.astype(np.int64), classes)
+    return ImageArrays(images, labels.astype(np.int64), classes)
 
 
 def cached(
@@ -60,8 +60,8 @@ def cached(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images `[N, size, size, 3]` and labels `[N]` of the class folders `split`: from the cache, else from `decode`.
 
-    `files` pairs each image file with its label, an index into `classes`. The cache, a packed file in the folder `.cache` beside `split`, is used while its `files` keep their names,
-    labels, sizes and times.
+    `files` pairs each image file with its label, an index into `classes`. The cache, an `.npz` file in the folder
+    `.cache` beside `split`, is used while its `files` keep their names, labels, sizes and times.
     """
     sha = hashlib.sha256()
     for file, label in files:
@@ -70,7 +70,7 @@ def cached(
     cache = split.parent / ".cache" / f"{split.name}-{size}px-{sha.hexdigest()[:16]}.npz"
     if cache.is_file():
         with suppress(UserError):
-            return read_packed(cache)[:2]
+            return read_arrays(cache)[:2]
     images, labels = decode()
     with suppress(UserError, OSError):  # a folder that can't be written to works as well, only slower
         for other in cache.parent.glob(f"{split.name}-{size}px-*.npz"):

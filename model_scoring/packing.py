@@ -38,12 +38,13 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from engine import UserError, coding
+from engine import UserError
 from engine.checkpoint import TOLD, Checkpoint
 from engine.files import write_whole
 from model import MICRONETS
 from model.identify import expected_state_dict, mismatches
 from model.layers import is_ternary
+from model_scoring import coding
 
 ENTRY = "ec2t-packed"  # of the metadata
 VERSION = 1

@@ -1,0 +1,128 @@
+"""Arguments that several programs share, and their types. Imports no torch."""
+
+import argparse
+import math
+
+from engine import DATASETS, MAX_IMAGE_SIZE
+from engine.launch import Parser
+from model import MODELS
+
+MAX_INT = 2**31 - 1
+MAX_WORKERS = 1024
+
+
+def _number(convert, accept, wanted: str):
+    def parse(text: str):
+        try:
+            value = convert(text)
+            valid = math.isfinite(value) and accept(value)
+        except (ValueError, OverflowError):
+            valid = False
+        if not valid:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, lambda v: 0 < v <= MAX_INT, "a whole number above 0 (and at most 2147483647)")
+nonnegative_int = _number(int, lambda v: 0 <= v <= MAX_INT, "a whole number of 0 or more (and at most 2147483647)")
+_pixels = _number(int, lambda v: 0 < v <= MAX_IMAGE_SIZE, f"a whole number above 0 (and at most {MAX_IMAGE_SIZE})")
+_workers = _number(int, lambda v: 0 <= v <= MAX_WORKERS, f"a whole number of 0 or more (and at most {MAX_WORKERS})")
+positive_float = _number(float, lambda v: v > 0, "a number above 0")
+nonnegative_float = _number(float, lambda v: v >= 0, "a number of 0 or more")
+fraction = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not, 1")
+positive_share = _number(float, lambda v: 0 < v <= 1, "a number above 0, and at most 1")
+
+
+def add_data_arguments(parser: Parser, dataset: str, image_size: str) -> argparse._ArgumentGroup:
+    """Add `--dataset`, `--data-path` and `--image-size`; the other arguments say what the defaults are."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        metavar="NAME",
+        help=f"one of {', '.join(DATASETS)} (default: {dataset})",
+    )
+    group.add_argument(
+        "--data-path",
+        default="../data",
+        metavar="DIR",
+        help="folder with train/ and val/ or test/ class folders, or where torchvision keeps or downloads the set",
+    )
+    group.add_argument("--image-size", type=_pixels, metavar="PX", help=f"side in pixels (default: {image_size})")
+    return group
+
+
+def _known_model(text: str) -> str:
+    if text not in MODELS:
+        raise argparse.ArgumentTypeError(f"unknown model {text!r} (choose from {', '.join(MODELS)})")
+    return text
+
+
+def _own_or_known_model(text: str) -> str:
+    return text if ":" in text else _known_model(text)
+
+
+def add_model_arguments(
+    parser: Parser, checkpoint: str, description: str, own: bool = False, pretrained: bool = False
+) -> argparse._ArgumentGroup:
+    """Add the checkpoint's argument, and `--model`, `--dw-multps`, `--phi`, which it makes superfluous.
+
+    With `own`, `--model` also takes the user's own builder, `module:function`. With `pretrained`, the flag of that
+    name stands in for the checkpoint.
+    """
+    group = parser.add_argument_group("network")
+    if pretrained:
+        source = group.add_mutually_exclusive_group(required=True)
+        source.add_argument(checkpoint, metavar="NAME", help=description)
+        source.add_argument("--pretrained", action="store_true", help="--model's published ImageNet weights instead")
+    else:
+        group.add_argument(checkpoint, required=True, metavar="NAME", help=description)
+    group.add_argument(
+        "--model",
+        type=_own_or_known_model if own else _known_model,
+        metavar="NAME",
+        help=f"one of {', '.join(MODELS)}{', or your own builder, module:function' if own else ''}; "
+        "the checkpoint knows, and a contradiction is an error",
+    )
+    group.add_argument(
+        "--dw-multps", type=positive_float, nargs=2, metavar=("D", "W"), help="depth and width multipliers, likewise"
+    )
+    group.add_argument("--phi", type=nonnegative_float, help="their exponent: MicroNet(d^phi, w^phi), likewise")
+    return group
+
+
+def add_machine_arguments(parser: Parser, amp: str = "auto") -> argparse._ArgumentGroup:
+    """Add the arguments that say where and how a program computes; `amp` is the default of `--amp`."""
+    group = parser.add_argument_group("machine")
+    switch(group, "cuda", True, "use the GPUs that CUDA_VISIBLE_DEVICES names")
+    group.add_argument("--workers", type=_workers, default=4, metavar="N", help="processes that decode images")
+    group.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default=amp,
+        help="mixed precision: bfloat16 or float16, what the hardware is fastest in, or 32 bit throughout",
+    )
+    switch(group, "compile", False, "compile the network with torch.compile: slow start, faster steps")
+    return group
+
+
+def switch(group, name: str, default: bool, description: str) -> None:
+    """Add the pair `--name` / `--no-name`."""
+    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=description)
+
+
+def add_run_arguments(parser: Parser, save_dir: str) -> argparse._ArgumentGroup:
+    """Add the arguments that say where a run is kept and whether an earlier one is continued."""
+    group = parser.add_argument_group("runs")
+    group.add_argument("--save-dir", default=save_dir, metavar="DIR", help="where results and runs are kept")
+    resume = group.add_mutually_exclusive_group()
+    resume.add_argument(
+        "--resume",
+        metavar="PATH",
+        help="continue from this run's last.pt (without it, an earlier run with the same arguments is continued)",
+    )
+    resume.add_argument("--no-resume", action="store_true", help="start afresh, also where an earlier run could go on")
+    group.add_argument("--seed", type=nonnegative_int, default=0, help="of all random draws")
+    return group

@@ -1,0 +1,133 @@
+"""Running a program: one-line errors, exit codes, interruptions. Imports no torch."""
+
+import argparse
+import importlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from engine import UserError, is_out_of_memory
+from engine.processes import is_first, rank
+
+EXIT_BUG = EXIT_OUT_OF_MEMORY = 1
+EXIT_WRONG_INPUT = 2
+EXIT_NOBODY_READS = 128 + signal.SIGPIPE
+
+MAX_LINE = 2000  # characters; what is said may quote files from anywhere
+SECONDS_TO_STOP = 5  # then an interruption is repeated
+SECONDS_TO_REPEAT = 0.05
+
+INTERRUPTIONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+TOO_SMALL = re.compile(r"Kernel size can.t be greater than actual input|Expected more than 1 value per channel")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help shows every default that there is."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        line = self.line(f"error: {message} (see {self.prog} --help)")
+        self.exit(EXIT_WRONG_INPUT, line if is_first() else None)
+
+    def line(self, message: str) -> str:
+        """`message` as one line, whatever the paths in it hold, with the program's name before it."""
+        printable = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
+        name = self.prog if is_first() else f"{self.prog} [process {rank()}]"
+        return f"{name}: {printable if len(printable) <= MAX_LINE else printable[:MAX_LINE] + ' ...'}\n"
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False and action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def launch(parser: Parser, program: str) -> None:
+    """Parse the command line, call `run(args)` of the module `program`, and exit with the right code.
+
+    0 done; 2 the user's input, or a file on this machine, is wrong; 1 out of memory (one line on stderr each), or,
+    with a traceback, a bug; 130 interrupted, 143 terminated; 141 nobody reads the output any more (`| head`).
+    """
+    args = parser.parse_args()
+    with suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    with _interruptions() as caught:
+        try:
+            code, line = importlib.import_module(program).run(args), None
+        except BaseException as error:
+            if caught or isinstance(error, KeyboardInterrupt):  # whatever it became on its way up
+                code, line = _interruption(caught[0] if caught else signal.SIGINT, args)
+            else:
+                code, line = _ending(error, args)
+                if code == EXIT_BUG and not line:
+                    raise
+                if isinstance(error, OSError) and error.filename is None:  # perhaps the console took no more
+                    with suppress(OSError):  # for what Python flushes on exit
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    parser.exit(code, line and parser.line(line))
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """In here Ctrl-C and SIGTERM raise KeyboardInterrupt, and are noted in the list; afterwards they end the process.
+
+    Destructors and the like swallow exceptions: the interruption is then repeated.
+    """
+    caught = []
+    wanted = [number for number in INTERRUPTIONS if signal.getsignal(number) != signal.SIG_IGN]
+    unraisable = sys.unraisablehook
+
+    def interrupt(number, frame):
+        caught.append(number)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_STOP)
+        raise KeyboardInterrupt
+
+    def swallowed(what):
+        if caught and what.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_REPEAT)
+        else:
+            unraisable(what)
+
+    for number in (*wanted, signal.SIGALRM):
+        signal.signal(number, interrupt)
+    sys.unraisablehook = swallowed
+    try:
+        yield caught
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = unraisable
+        for number in wanted:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _interruption(number: int, args: argparse.Namespace) -> tuple[int, str]:
+    line = INTERRUPTIONS[number]
+    if hasattr(args, "no_resume"):
+        line += "; the same command, without --no-resume, continues after the last whole epoch"
+    return 128 + number, line
+
+
+def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str | None]:
+    """The exit code that an error leads to, and the line that says what to do; no line where it is a bug."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, UserError):
+        return EXIT_WRONG_INPUT, f"error: {error}"
+    if is_out_of_memory(error):
+        smaller = [name for name in ("batch_size", "val_batch_size", "image_size", "workers") if hasattr(args, name)]
+        flags = " or ".join(f"--{name.replace('_', '-')}" for name in smaller)
+        advice = f"take a smaller {flags}" if flags else "take a smaller network"
+        return EXIT_OUT_OF_MEMORY, f"error: out of memory ({text or type(error).__name__}); {advice}"
+    if isinstance(error, ValueError | RuntimeError) and TOO_SMALL.search(text):
+        return EXIT_WRONG_INPUT, f"error: too small for this network ({text}); take a larger --image-size or batch"
+    if isinstance(error, BrokenPipeError):
+        return EXIT_NOBODY_READS, None
+    if isinstance(error, OSError) and error.errno is not None:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return EXIT_WRONG_INPUT, f"error: {where}{error.strerror}; mend that, or pass another path"
+    return EXIT_BUG, None
