@@ -56,9 +56,7 @@ def main() -> None:
         for name, augmentation in AUGMENTATIONS.items():
             ours = ImagesInMemory("folder", [], split, split, augmentation, args.batch_size, args.batch_size)
             plain = plain_loader(images, labels, args.batch_size, rich=augmentation.jitter is not None)
-            times = [
-                (seconds(ours.train_batches(i), device), seconds(plain, device)) for i in range(args.rounds + 1)
-            ]
+            times = [(seconds(ours.train_batches(i), device), seconds(plain, device)) for i in range(args.rounds + 1)]
             ours_rate, plain_rate = (used / statistics.median(column) for column in zip(*times[1:]))  # first: warm-up
             rows.append(
                 [f"{device.type}: {name}", f"{plain_rate:,.0f}", f"{ours_rate:,.0f}", f"{ours_rate / plain_rate:.1f}x"]

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from engine import UserError, distributed, processes
 from engine.augment import Augmentation, Statistics, normalise
 from engine.preprocessing import IMAGENET, Preprocessing, Transform
+from engine.report import say
 from engine.sources import ClassFolders, find_source, open_image
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -57,6 +58,10 @@ class ImagesInMemory:
     @property
     def num_val_batches(self) -> int:
         return -(-len(distributed.share(self.val[1])) // self.val_batch_size)
+
+    @property
+    def num_train_images(self) -> int:
+        return len(self.train[1])
 
     @property
     def num_val_images(self) -> int:
@@ -138,6 +143,10 @@ class ImagesOnDisk:
         return -(-len(distributed.share(range(len(self.val)))) // self.val_batch_size)
 
     @property
+    def num_train_images(self) -> int:
+        return len(self.train)
+
+    @property
     def num_val_images(self) -> int:
         return len(self.val)
 
@@ -217,30 +226,51 @@ def load_data(
         )
     with distributed.first_process_first():
         source = find_source(name, Path(path), with_train=train, threads=max(workers, 1))
-        if isinstance(source, ClassFolders) and (name == "ImageNet" or name == "folder" and source.largest_side > SMALL):
+        photographs = isinstance(source, ClassFolders) and (
+            name == "ImageNet" or name == "folder" and source.largest_side > SMALL
+        )
+        if photographs:
             size = image_size or 224
             val_size = val_image_size or size
-            train_set = Photographs(source.files["train"], preprocessing.training(size)) if train else None
-            val_set = Photographs(source.files["val"], preprocessing.validation(val_size))
-            return ImagesOnDisk(
-                *(name, source.classes, train_set, val_set, size, val_size),
-                *(batch_size, val_batch_size, workers, device),
+            data = ImagesOnDisk(
+                name,
+                source.classes,
+                Photographs(source.files["train"], preprocessing.training(size)) if train else None,
+                Photographs(source.files["val"], preprocessing.validation(val_size)),
+                size,
+                val_size,
+                batch_size,
+                val_batch_size,
+                workers,
+                device,
             )
-        size = image_size or source.native_size
+        else:
+            size = image_size or source.native_size
 
-        def on_device(split: str) -> tuple[Tensor, Tensor]:
-            images, labels = source.read(split, size)
-            return images.to(device), labels.to(device)
+            def on_device(split: str) -> tuple[Tensor, Tensor]:
+                images, labels = source.read(split, size)
+                return images.to(device), labels.to(device)
 
-        return ImagesInMemory(
-            name,
-            source.classes,
-            on_device("train") if train else None,
-            on_device("val"),
-            _augmentation(name, size, preprocessing.small_images),
-            batch_size,
-            val_batch_size,
-        )
+            data = ImagesInMemory(
+                name,
+                source.classes,
+                on_device("train") if train else None,
+                on_device("val"),
+                _augmentation(name, size, preprocessing.small_images),
+                batch_size,
+                val_batch_size,
+            )
+    say(f"{name if name == 'digits' else f'{name} in {path}'}: {describe(data)}")
+    return data
+
+
+def describe(data: Data) -> str:
+    """Say how many classes and images there are, and how large they are."""
+    images = f"{data.num_val_images:,} validation images of {data.val_image_size} px"
+    if data.train:
+        size = "" if data.image_size == data.val_image_size else f" of {data.image_size} px"
+        images = f"{data.num_train_images:,} training images{size} and {images}"
+    return f"{len(data.classes):,} classes, {images}"
 
 
 def _augmentation(name: str, size: int, statistics: Statistics) -> Augmentation:

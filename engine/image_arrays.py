@@ -1,8 +1,8 @@
 """Small images as arrays in one `.npz` file a split: read as a data set, and kept as a cache of class folders.
 
-    images   uint8 [N, H, W, 3]
-    labels   integers [N], indices into `classes`
-    classes  names [C]
+images   uint8 [N, H, W, 3]
+labels   integers [N], indices into `classes`
+classes  names [C]
 """
 
 import hashlib

@@ -40,6 +40,4 @@ def pruning_candidates(network: nn.Module, model: str) -> list[str]:
 def is_ternary(weight: Tensor) -> bool:
     """Whether `weight` holds no other values than zero, one positive and one negative value."""
     weight = weight.detach()
-    return all(
-        side.numel() == 0 or bool((side == side[0]).all()) for side in (weight[weight > 0], weight[weight < 0])
-    )
+    return all(side.numel() == 0 or bool((side == side[0]).all()) for side in (weight[weight > 0], weight[weight < 0]))

@@ -20,9 +20,7 @@ class EC2TOptimizer:
         weight_decay: of the other parameters.
     """
 
-    def __init__(
-        self, layers: TernaryLayers, others: list[nn.Parameter], lr: float, lr2: float, weight_decay: float
-    ):
+    def __init__(self, layers: TernaryLayers, others: list[nn.Parameter], lr: float, lr2: float, weight_decay: float):
         self.layers, self.others = layers, others
         groups = [{"params": others, "weight_decay": weight_decay}]
         if not layers.prune:

@@ -3,17 +3,16 @@
 import io
 from pathlib import Path
 
-import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from engine.files import write_whole  # noqa: E402
-from engine.rulers.tally import Task  # noqa: E402
-from engine.runs import Run  # noqa: E402
+from engine.files import write_whole
+from engine.rulers.tally import Task
+from engine.runs import Run
+from model_quantization import ec2t
 
 POSITIVE, ZERO, NEGATIVE = "#c2553f", "#d9d9d9", "#3f6fa8"
 DARK, GREEN, GREY = "#333333", "#3f8f5f", "#8a8a8a"
@@ -26,10 +25,13 @@ def plot_ternarization(content: dict, run: Run) -> Path:
         content: the best epoch's checkpoint, with `assignments` and `centroids` by layer.
     """
     assignments = content["assignments"].values()
-    shares = np.array([[(a == value).double().mean().item() for a in assignments] for value in (-1, 0, 1)])
+    n_n, n_0, n_p = (torch.tensor([(a == value).sum() for a in assignments]).double() for value in (-1, 0, 1))
+    numel = n_n + n_0 + n_p
+    shares = (torch.stack([n_n, n_0, n_p]) / numel).numpy()
     w_p, w_n = (np.array(values) for values in zip(*(c.tolist() for c in content["centroids"].values())))
     layers = np.arange(shares.shape[1])
-    figure, axes = plt.subplots(4, 1, figsize=(11, 12), constrained_layout=True)
+    figure = Figure(figsize=(11, 12), layout="constrained")
+    axes = figure.subplots(4)
 
     log, result = run.log, run.result
     epochs = np.arange(len(log))
@@ -47,8 +49,7 @@ def plot_ternarization(content: dict, run: Run) -> Path:
     axes[2].axhline(0, color=ZERO)
     axes[2].set(ylabel="centroid", xlim=(-0.5, len(layers) - 0.5))
     axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    entropy = -(shares * np.log2(shares, out=np.zeros_like(shares), where=shares > 0)).sum(0)
-    axes[3].bar(layers, entropy, 1, color=GREY)
+    axes[3].bar(layers, ec2t.entropy(n_p, n_n, numel), 1, color=GREY)
     axes[3].set(ylabel="entropy (bit a weight)", ylim=(0, np.log2(3)), xlim=(-0.5, len(layers) - 0.5))
     axes[3].set(xlabel="layer, from the input on")
     figure.suptitle(
@@ -60,9 +61,10 @@ def plot_ternarization(content: dict, run: Run) -> Path:
 
 def plot_sweep(results: list[dict], best: int, task: Task | None, path: Path) -> Path:
     """Draw accuracy over zeros of every grid point, the Pareto front, and the task's threshold where there is one."""
-    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     zeros, accuracy = (np.array([r[key] for r in results]) for key in ("zeros", "accuracy"))
-    front = [i for i in np.argsort(-zeros) if accuracy[i] == accuracy[zeros >= zeros[i]].max()]
+    front = pareto_front(zeros, accuracy)
     axes.plot(zeros[front], accuracy[front], "-", color=GREEN, label="Pareto front")
     axes.plot(zeros, accuracy, "o", color=DARK)
     axes.plot(zeros[best], accuracy[best], "o", ms=11, mfc="none", mec=POSITIVE, label="best")
@@ -78,26 +80,35 @@ def plot_sweep(results: list[dict], best: int, task: Task | None, path: Path) ->
     return _save(figure, path)
 
 
-def plot_layers(assignments: dict[str, Tensor], result: dict, path: Path) -> Path:
-    """Draw each layer's weights as kept, deleted within kernels, and deleted as whole channels.
+def pareto_front(zeros: np.ndarray, accuracy: np.ndarray) -> list[int]:
+    """The points that no other one exceeds in zeros without being less accurate, from the most zeros down."""
+    return [i for i in np.argsort(-zeros) if accuracy[i] == accuracy[zeros >= zeros[i]].max()]
 
-    A channel counts as deleted with an output channel's or an input channel's weights all zero.
+
+def kept_and_deleted(assignment: Tensor) -> tuple[float, float, float]:
+    """Shares of a layer's weights `[c_out, c_in, ...]`: kept, deleted within kernels, deleted as whole channels.
+
+    A channel counts as deleted where the weights of an output channel or of an input channel are all zero.
     """
-    shares = []
-    for assignment in assignments.values():
-        kept = assignment != 0
-        matrix = kept.flatten(2).any(2) if kept.ndim > 2 else kept  # [c_out, c_in]
-        live = matrix.any(1)[:, None] & matrix.any(0)[None]
-        whole = 1 - live.double().mean().item()
-        shares.append((kept.double().mean().item(), 1 - whole - kept.double().mean().item(), whole))
-    figure, axes = plt.subplots(figsize=(11, 4.5), constrained_layout=True)
+    kept = assignment != 0
+    kernels = kept.flatten(2).any(2) if kept.ndim > 2 else kept  # [c_out, c_in]
+    live = kernels.any(1)[:, None] & kernels.any(0)[None]
+    share, whole = kept.double().mean().item(), 1 - live.double().mean().item()
+    return share, 1 - whole - share, whole
+
+
+def plot_layers(assignments: dict[str, Tensor], result: dict, path: Path) -> Path:
+    """Draw each layer's weights as kept, deleted within kernels, and deleted as whole channels."""
+    shares = [kept_and_deleted(assignment) for assignment in assignments.values()]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots()
     _stack(axes, np.array(shares).T, (DARK, ZERO, NEGATIVE), ("kept", "deleted within kernels", "deleted channels"))
     axes.set(xlabel="layer, from the input on")
     figure.suptitle(f"s {result['s']:g}, g {result['g']:g}: {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
     return _save(figure, path)
 
 
-def _stack(axes: plt.Axes, shares: np.ndarray, colours: tuple[str, ...], labels: tuple[str, ...]) -> None:
+def _stack(axes: Axes, shares: np.ndarray, colours: tuple[str, ...], labels: tuple[str, ...]) -> None:
     """Stacked bars, one a layer, of shares `[kinds, layers]` that sum to 1."""
     layers = np.arange(shares.shape[1])
     for share, bottom, colour, label in zip(shares, np.cumsum(shares, 0) - shares, colours, labels):
@@ -106,9 +117,8 @@ def _stack(axes: plt.Axes, shares: np.ndarray, colours: tuple[str, ...], labels:
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
-    plt.close(figure)
     write_whole(picture.getbuffer(), path)
     return path

@@ -97,8 +97,10 @@ def compare(runs: list[Run], path: Path, data: Data, args: Namespace) -> None:
     ]
     say(f"\nPlots: {' '.join(map(str, pictures))}")
     row = results[best]
-    say(f"Best by {args.select}: s {row['s']:g}, g {row['g']:g}, {row['accuracy']:.2f}%, "
-        f"{row['zeros']:.2f}% zeros -> {best_path}")
+    say(
+        f"Best by {args.select}: s {row['s']:g}, g {row['g']:g}, {row['accuracy']:.2f}%, "
+        f"{row['zeros']:.2f}% zeros -> {best_path}"
+    )
 
 
 def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -> Data:
@@ -197,7 +199,20 @@ def select(results: list[dict], by: str, task: Task) -> int:
 
 def comparison(results: list[dict], best: int) -> str:
     """The table of all finished grid points, the best one marked."""
-    headers = ["s", "g", "accuracy", "at 16 bit", "zeros", "entropy", "scoring params", "MFLOP", "score", "best epoch", "time", ""]
+    headers = [
+        "s",
+        "g",
+        "accuracy",
+        "at 16 bit",
+        "zeros",
+        "entropy",
+        "scoring params",
+        "MFLOP",
+        "score",
+        "best epoch",
+        "time",
+        "",
+    ]
     rows = [
         [
             f"{r['s']:g}",

@@ -191,9 +191,7 @@ def _amounts(numel: float, nonzero: float) -> tuple[str, str]:
     return (f"{numel:,.0f}", f"{100 * (1 - nonzero / numel):.2f}%") if numel else ("", "")
 
 
-def summary(
-    tallies: dict[str, Tally], task: Task, dataset: str, classes: int, evaluation: Evaluation | None
-) -> str:
+def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, evaluation: Evaluation | None) -> str:
     """The totals of every ruler, the score against the task's baseline, the accuracy against its threshold."""
     headers = ["ruler", "bits (value/mul/add)", "params", "zeros", "scoring params", "MB", "MFLOP", "score"]
     rows = [

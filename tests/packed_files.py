@@ -23,10 +23,7 @@ EXTRA = {"dataset": "CIFAR10", "image_size": 32, "accuracy": 91.01}
 TERNARY, DENSE, VARIANCE = "layer1.0.conv1.weight", "linear.weight", "bn1.running_var"  # tensors of TINY
 
 
-
 @functools.cache
-
-
 def reference_tensors(name: str) -> dict[str, Tensor]:
     """The tensors of a reference checkpoint; shared, so not to be changed."""
     network = build(TINY if name == "tiny" else {"name": name})

@@ -66,6 +66,24 @@ def test_class_folders_are_read_under_every_name(name, val, make_folders):
         assert torch.equal(images, torch.stack([pixels(file) for file in files]))
 
 
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        ("CIFAR10", {}, "2 classes, 4 training images and 4 validation images of 32 px"),
+        ("CIFAR10", {"train": False}, "2 classes, 4 validation images of 32 px"),
+        (
+            "ImageNet",
+            {"image_size": 16, "val_image_size": 24},
+            "2 classes, 4 training images of 16 px and 4 validation images of 24 px",
+        ),
+    ],
+)
+def test_what_was_read_is_said(name, options, said, make_folders, capsys):
+    path = make_folders()
+    load(path, name, **options)
+    assert capsys.readouterr().out == f"{name} in {path}: {said}\n"
+
+
 @pytest.mark.parametrize("name, size", [("CIFAR10", 32), ("folder", 8)])
 def test_size_unless_told(name, size, make_folders):
     assert load(make_folders(), name).image_size == size
@@ -360,7 +378,10 @@ def test_tiny_imagenet_is_read_as_it_comes(name, tiny_imagenet):
     assert data.classes == ["n1", "n2"]
     images, labels = next(data.val_batches())
     assert len(images) == 4 and labels.tolist() == [1, 0, 1, 1]
-    assert sorted(drawn(data, 0)[1].tolist() + drawn(data, 0)[3].tolist() + drawn(data, 0)[5].tolist()) == [0] * 3 + [1] * 3
+    assert (
+        sorted(drawn(data, 0)[1].tolist() + drawn(data, 0)[3].tolist() + drawn(data, 0)[5].tolist())
+        == [0] * 3 + [1] * 3
+    )
 
 
 def test_tiny_imagenets_images_get_the_labels_of_its_list(tiny_imagenet):

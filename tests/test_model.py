@@ -111,9 +111,7 @@ def test_depth_is_rounded_up(blocks, multiplier, scaled):
     assert scale_depth(blocks, multiplier) == scaled
 
 
-@pytest.mark.parametrize(
-    "channels, multiplier, scaled", [(16, 1, 16), (16, 0.1, 8), (64, 1.8929, 120), (12, 1, 16)]
-)
+@pytest.mark.parametrize("channels, multiplier, scaled", [(16, 1, 16), (16, 0.1, 8), (64, 1.8929, 120), (12, 1, 16)])
 def test_width_is_a_multiple_of_8(channels, multiplier, scaled):
     assert scale_width(channels, multiplier) == scaled
 

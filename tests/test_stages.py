@@ -14,6 +14,7 @@ import model_scoring.scoring
 from engine.checkpoint import network_content, read, save
 from model import build
 from model_compound_scaling.arguments import parser as scaling_parser
+from model_compound_scaling.training import learning_rate_factor
 from model_quantization.arguments import parser as quantization_parser
 from model_scoring.arguments import parser as scoring_parser
 from model_scoring.layers import load_layer
@@ -96,12 +97,55 @@ def test_scaling_resumes_bit_identically(tmp_path, monkeypatch, whole_epochs):
     assert (tmp_path / "whole/best_model.pt").read_bytes() == (tmp_path / "parts/best_model.pt").read_bytes()
 
 
+def rates(run: Path) -> list[float]:
+    """The learning rate of each epoch that a run notes."""
+    return [json.loads(line)["lr"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ([], [0.05, 0.05 * (1 + 0.5**0.5) / 2, 0.025, 0.05 * (1 - 0.5**0.5) / 2]),
+        (["--start-epoch", "2"], [0.025, 0.00732]),
+    ],
+)
+def test_scaling_lets_the_learning_rate_fall_along_a_half_cosine(start, expected, tmp_path):
+    scale(tmp_path, "--grid", "0.14", "0.5", "--epochs", "4", "--lr", "0.05", *start)
+    (run,) = runs(tmp_path)
+    assert rates(run) == pytest.approx(expected, rel=1e-3)
+
+
+def test_scaling_on_imagenet_lets_the_learning_rate_fall_in_steps():
+    factors = [learning_rate_factor("ImageNet", epoch, 100) for epoch in (0, 29, 30, 59, 60, 89, 90, 99)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--momentum", "0"), ("--weight-decay", "0.1")])
+def test_scaling_heeds_momentum_and_weight_decay(flag, value, tmp_path):
+    arguments = "--grid 0.14 0.5 --epochs 1 --lr 0.05".split()
+    losses = []
+    for folder, changed in ((tmp_path / "default", []), (tmp_path / "changed", [flag, value])):
+        scale(folder, *arguments, *changed)
+        (run,) = runs(folder)
+        losses.append(json.loads((run / "log.jsonl").read_text())["val_loss"])
+    assert losses[0] != losses[1]
+
+
+def test_sustained_lambda_reaches_the_small_layers(resnet, tmp_path):
+    arguments = "--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.5".split()
+    zeros = []
+    for sigma in ("0", "0.5"):
+        quantize(resnet, tmp_path / sigma, *arguments, "--lambda-sustain", sigma)
+        assignments = read(tmp_path / sigma / "Ternary_best_acc.pt")["assignments"]
+        zeros.append((assignments["layer1.0.conv1.weight"] == 0).double().mean().item())
+    assert zeros[1] > zeros[0] + 0.02
+
+
 def test_cosine_schedule_falls_to_nothing_in_each_phase(resnet, tmp_path):
     arguments = "--epochs 3 --retrain-epochs 2 --lr 1e-3 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
     quantize(resnet, tmp_path, *arguments, "--schedule", "cosine")
     (run,) = runs(tmp_path)
-    rates = [record["lr"] for record in map(json.loads, (run / "log.jsonl").read_text().splitlines())]
-    assert rates == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3, 1e-3, 0.5e-3])  # before training, then each epoch
+    assert rates(run) == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3, 1e-3, 0.5e-3])  # before training, then each epoch
 
 
 @pytest.mark.parametrize("amp", ["auto", "bf16", "fp16"])
@@ -357,7 +401,9 @@ def test_evaluating_changes_nothing_of_what_is_exported(resnet, tmp_path):
 def test_a_users_own_network_may_end_in_batch_norm(tmp_path, monkeypatch):
     """The number of classes is that of its outputs, whatever its last tensor is."""
     layers = "nn.Conv2d(3, 7, 1), nn.BatchNorm2d(7), nn.AdaptiveAvgPool2d(1), nn.Flatten()"
-    (tmp_path / "ends_in_norm.py").write_text(f"from torch import nn\n\ndef net():\n    return nn.Sequential({layers})\n")
+    (tmp_path / "ends_in_norm.py").write_text(
+        f"from torch import nn\n\ndef net():\n    return nn.Sequential({layers})\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     import ends_in_norm

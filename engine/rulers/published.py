@@ -234,9 +234,7 @@ def _shortcut(layer: Layer, i: int, size: int, b: int) -> Line:
     return layer.line("dense", layer.merged_params * b, v * n, (v - 1) * n + n)
 
 
-def _ternary_convs(
-    layers: list[Layer], size: int, b: int, extras: Extras, last: tuple[int, int]
-) -> list[Line]:
+def _ternary_convs(layers: list[Layer], size: int, b: int, extras: Extras, last: tuple[int, int]) -> list[Line]:
     """The convolutions inside the blocks, and after them the `last` activation and the average pool.
 
     What costs is a convolution's live block, its weights without the dead filters and without the inputs that
