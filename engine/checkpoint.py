@@ -191,7 +191,7 @@ def _listing(folder: Path) -> str:
         return f"there is no folder {folder}"
     there = (path for path in folder.iterdir() if not path.name.startswith("."))
     files = sorted(there, key=lambda path: (path.suffix not in SUFFIXES, path.name))
-    names = [path.name + "/" * path.is_dir() for path in files[:LISTED]]
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in files[:LISTED]]
     more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
     return f"{folder} holds {', '.join(names) or 'no files'}{more}"
 

@@ -70,7 +70,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def hold(path: Path, wait: bool = False) -> TextIO:
-    """Lock the file `path` until the returned file is closed or this process ends, by SIGKILL too.
+    """Lock the file `path`; the lock is released when the returned file is closed or the process ends, even by SIGKILL.
 
     Where another process holds it: wait for that, or a UserError that names it. The lock is a POSIX record lock:
     worker processes do not inherit it, and on network file systems it holds between hosts. A file system without

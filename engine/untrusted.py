@@ -92,7 +92,8 @@ def _plain(value: object, name: str, count: Iterator[int]) -> object:
     if isinstance(value, dict):
         return {key: _plain(item, key, count) for key, item in dict.items(value)}
     if isinstance(value, list | tuple):
-        return (list if isinstance(value, list) else tuple)(_plain(item, name, count) for item in value)
+        kind = list if isinstance(value, list) else tuple
+        return kind(_plain(item, name, count) for item in value)
     return _copied(value, name) if isinstance(value, Tensor) else value
 
 

@@ -77,12 +77,11 @@ def run(args: Namespace) -> int:
 
 def compare(runs: list[Run], path: Path, data: Data, args: Namespace) -> None:
     """Compare all finished runs; write the table, the plots and the best network beside them."""
-    (shard, shards), save_dir = args.shard, Path(args.save_dir)
-    task = task_of(data.name)
+    save_dir, task = Path(args.save_dir), task_of(data.name)
     finished = [run for run in runs if run.result]
     results = [run.result for run in finished]
     if not results:
-        say(f"\nShard {shard}/{shards} has no pair of this grid, and none is finished yet")
+        say(f"\nShard {args.shard[0]}/{args.shard[1]} has no pair of this grid, and none is finished yet")
         return
     best = select(results, args.select, task)
     say("\n" + comparison(results, best))

@@ -81,7 +81,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A tensor in the packed file: how it is coded, and what that takes.
+    """A tensor in the packed file: its kind, and what it takes.
 
     Attributes:
         bytes: TERNARY: of the coded symbols, without the centroids (8 bytes). Others: of the values and the
@@ -91,7 +91,6 @@ class PackedLayer:
 
     name: str
     kind: Kind
-    coder: str
     weights: int
     bytes: int
     entropy_bytes: float = 0.0
@@ -205,13 +204,13 @@ def _pack(name: str, tensor: Tensor) -> tuple[PackedLayer, dict]:
     if _is_ternary_layer(tensor):
         layer, streams = _pack_ternary(name, values)
     elif not torch.equal(tensor.half().float(), tensor):
-        layer = PackedLayer(name, Kind.FLOAT, "float32", values.size, 4 * values.size)
+        layer = PackedLayer(name, Kind.FLOAT, values.size, 4 * values.size)
         streams = {"float": values}
     elif sparse_bytes < half_bytes:
-        layer = PackedLayer(name, Kind.SPARSE, "mask and float16", values.size, sparse_bytes)
+        layer = PackedLayer(name, Kind.SPARSE, values.size, sparse_bytes)
         streams = {"masks": np.packbits(values != 0), "half": nonzero}
     else:
-        layer = PackedLayer(name, Kind.HALF, "float16", values.size, half_bytes)
+        layer = PackedLayer(name, Kind.HALF, values.size, half_bytes)
         streams = {"half": values}
     return layer, {"kinds": [layer.kind], **streams}
 
@@ -220,8 +219,7 @@ def _pack_ternary(name: str, values: np.ndarray) -> tuple[PackedLayer, dict]:
     positive, negative = values > 0, values < 0
     symbols = positive + 2 * negative.astype(np.uint8)
     position, code = coding.encode_symbols(symbols)
-    coder, entropy = str(coding.CODERS[position]), coding.entropy_bytes(symbols)
-    layer = PackedLayer(name, Kind.TERNARY, coder, values.size, len(code), entropy)
+    layer = PackedLayer(name, Kind.TERNARY, values.size, len(code), coding.entropy_bytes(symbols))
     return layer, {
         "coders": [position],
         "sizes": [len(code)],

@@ -199,7 +199,7 @@ def snapshot(work: Path) -> dict[str, bytes]:
     files = {}
     for folder in RESULTS:
         for path in sorted((work / folder).rglob("*")):
-            if path.is_file() and path.name != "lock" and path.suffix != ".lock":
+            if path.is_file() and path.name not in ("lock", "seconds") and path.suffix != ".lock":
                 files[str(path.relative_to(work))] = timeless(path)
     return files
 

@@ -18,7 +18,6 @@ from model_scoring import packing
 from model_scoring.packing import PackReport, read_packed, write_packed
 
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.1, "num_classes": 2}  # 8 channels, 3 blocks
-MICRONET = {"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100}  # 8.1M values
 EXTRA = {"dataset": "CIFAR10", "image_size": 32, "accuracy": 91.01}
 TERNARY, DENSE, VARIANCE = "layer1.0.conv1.weight", "linear.weight", "bn1.running_var"  # tensors of TINY
 

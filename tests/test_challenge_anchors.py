@@ -18,17 +18,6 @@ from model import EFFICIENTNETS, build
 FULL = Widths(32, 32, 32)
 
 
-class Apply(nn.Module):
-    """A network that is a function."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 # ------------------------------------------------------------------------------ the challenge's baselines
 
 

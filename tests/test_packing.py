@@ -33,10 +33,6 @@ from engine.checkpoint import Checkpoint, network_content, read_network
 from model import EFFICIENTNETS, build
 from model_scoring.packing import ENTRY, Kind, is_packed, read_packed, stored_values, write_packed
 
-quick = settings(max_examples=100, deadline=None)
-symbol_arrays = npst.arrays(np.uint8, st.integers(0, 300), elements=st.integers(0, 2))
-
-
 # ---------------------------------------------------------------------------------------------- round trips
 
 

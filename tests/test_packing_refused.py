@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from hypothesis import settings
 from packed_files import (
     TERNARY,
     TINY,
@@ -28,9 +27,6 @@ from engine import UserError
 from model import build
 from model_scoring import coding, packing
 from model_scoring.packing import ENTRY, read_packed, stored_values
-
-quick = settings(max_examples=100, deadline=None)
-
 
 # ----------------------------------------------------------------------------------------------- bad input
 

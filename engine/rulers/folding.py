@@ -4,7 +4,7 @@ A *layer* here is a convolution or a linear layer, functional or not.
 
 **BatchNorm.** In evaluation mode it is a scale and a bias for each channel. Where it is the only reader of a
 layer's output, that layer takes the scale into its weights, and the bias as its own. (A ternary layer's
-weights are two values then only up to one factor per output channel, which the challenge's rules let pass.)
+weights are two values then only up to one factor per output channel, which the challenge's rules allow.)
 Every other BatchNorm is executed. One that stands before a convolution, as in the MicroNet block, could be
 merged forward only where nothing else reads its input and where the convolution does not pad.
 

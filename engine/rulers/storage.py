@@ -40,8 +40,8 @@ def improved_formats(matrix: Matrix, b: int) -> Formats:
     CSR holds the values row by row, the column of each, and where each row starts and the last one ends. Of a
     ternary tensor it holds signs and two values. CER (Wiedemann et al., "Compact and Computationally
     Efficient Representation of Deep Neural Networks", arXiv:1805.10692) holds the columns sorted by value
-    inside a row, so that the value needs no bit beside each: it is told by where its run starts, and each of
-    the two values has starts of its own.
+    inside a row, so no per-weight value bit is needed: a weight's value follows from the run that it is in. Each
+    of the two values has run starts of its own.
 
     Columns and starts have `b` bits each, as in the counts of the EC2T authors (D. Becking, "Finding Storage-
     and Compute-Efficient Convolutional Neural Networks", TU Berlin 2020), or more where `b` do not suffice.
