@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Trained images a second: this project's loop against a plain one in the style of 2019, side by side in one run.
 
-    python benchmarks/training_step.py [--networks resnet20 micronet] [--loops device amp compile]
+    python benchmarks/training_step.py [--networks resnet20 micronet ...] [--loops device amp compile]
                                        [--batch-size 128] [--steps 8] [--rounds 3]
 
 Random images of 32 px with CIFAR-100's augmentation; SGD with Nesterov momentum; on the CPU, or on a GPU where there
 is one. Each figure is the median over alternating rounds of `--steps` steps, after one round of warm-up.
 
     plain       torchvision's transforms image by image in 4 workers, 32 bit, NCHW, loss read back every step
-    device      data and augmentation in batches on the device, fused optimizer, nothing read back
-    amp         the same in `--amp auto` and channels-last layout
+    device      data and augmentation in batches on the device, channels-last layout (on CPUs), fused optimizer,
+                nothing read back
+    amp         the same in `--amp auto`, channels-last layout on GPUs too
     compile     the same with `--compile`
 
 Beside them the share of the device's peak that the fastest one reaches: of the matrix rate (a large product in the
@@ -44,6 +45,7 @@ LOOPS = ("device", "amp", "compile")
 NETWORKS = {
     "resnet20": {"name": "resnet20"},
     "micronet": {"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5},
+    "efficientnet-lite1": {"name": "efficientnet-lite1"},
 }
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Epoch = Callable[[], object]
