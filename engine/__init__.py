@@ -7,6 +7,7 @@ import re
 
 DATASETS = ("CIFAR100", "CIFAR10", "MNIST", "FashionMNIST", "ImageNet", "digits", "folder")
 MAX_IMAGE_SIZE = 2**16  # pixels
+EXIT_WRONG_INPUT = 2
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can.t allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED|"

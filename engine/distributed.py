@@ -7,6 +7,7 @@ process (rank 0) writes and prints, the others only read.
 import atexit
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine import UserError
+from engine import EXIT_WRONG_INPUT, UserError
 from engine.processes import is_first, rank, world_size
 
 PATIENCE = datetime.timedelta(hours=2)  # one process scores and plots while the others wait
@@ -44,12 +45,30 @@ def wait_for_all() -> None:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process does what is in here before the others: what it downloads or caches is there for them."""
-    if not is_first():
-        wait_for_all()
-    yield
+    """The first process does what is in here before the others: what it downloads or caches is there for them.
+
+    Where it fails, it alone says why, and the others end.
+    """
     if is_first():
-        wait_for_all()
+        try:
+            yield
+        except BaseException:
+            told_by_first(False)
+            raise
+        told_by_first(True)
+    elif told_by_first(None):
+        yield
+    else:
+        sys.exit(EXIT_WRONG_INPUT)
+
+
+def told_by_first(value: object) -> object:
+    """The first process's `value`, in all processes."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from engine import UserError, is_out_of_memory
+from engine import EXIT_WRONG_INPUT, UserError, is_out_of_memory
 from engine.processes import is_first, rank
 
 EXIT_BUG = EXIT_OUT_OF_MEMORY = 1
-EXIT_WRONG_INPUT = 2
 EXIT_NOBODY_READS = 128 + signal.SIGPIPE
 
 MAX_LINE = 2000  # characters; what is said may quote files from anywhere

@@ -96,7 +96,7 @@ def test_scaling_walks_its_grid_under_torchrun(tmp_path):
 def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(distributed, "wait_for_all", lambda: None)
+    monkeypatch.setattr(distributed, "told_by_first", lambda value: value)
     with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
         load_data("digits", "", torch.device("cpu"), batch_size=15)
     load_data("digits", "", torch.device("cpu"), batch_size=15, train=False)
@@ -106,12 +106,21 @@ def test_the_first_process_reads_first(monkeypatch):
     """What it downloads or decodes, the others find."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     order = []
-    monkeypatch.setattr(distributed, "wait_for_all", lambda: order.append("wait"))
+    monkeypatch.setattr(distributed, "told_by_first", lambda value: order.append("told") or True)
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         with distributed.first_process_first():
             order.append(rank)
-    assert order == ["0", "wait", "wait", "1"]
+    assert order == ["0", "told", "told", "1"]
+
+
+def test_wrong_data_are_said_once_and_end_all_processes(tmp_path):
+    command = "run_compound_scaling.py --dataset folder --data-path nowhere --phi 0 --no-cuda --save-dir".split()
+    done = torchrun(*command, str(tmp_path))
+    ours = [line for line in done.stderr.splitlines() if line.startswith("run_compound_scaling.py: ")]
+    assert len(ours) == 1 and "nowhere: no such folder" in ours[0]
+    assert "RuntimeError" not in done.stderr and done.stderr.count("exitcode  : 2") >= 1
+    assert "exitcode  : 1" not in done.stderr
 
 
 @pytest.mark.parametrize("environment, said", [({"RANK": "3"}, 1), ({"RANK": "3", "WORLD_SIZE": "4"}, 0)])
