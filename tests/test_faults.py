@@ -17,8 +17,10 @@ from torchvision import datasets
 
 import engine.data
 import engine.launch
+import model_compound_scaling.training
 from engine import UserError
 from engine.checkpoint import read
+from engine.evaluation import Evaluation
 from engine.files import UNFINISHED, hold, write_whole
 from engine.launch import Parser, launch
 
@@ -66,17 +68,18 @@ def test_killed_between_two_files_of_the_last_epoch(late, tmp_path, monkeypatch)
 
 
 def test_resuming_in_another_folder_takes_the_best_network_along(tmp_path, monkeypatch):
-    arguments = [*POINT[:-1], "1e-9"]  # nothing is learnt: the first epoch stays the best one
-    scale(tmp_path / "whole", *arguments)
+    equal = Evaluation(loss=1.0, correct=36, images=360)  # the first of equal epochs stays the best one
+    monkeypatch.setattr(model_compound_scaling.training, "evaluate", lambda *_: equal)
+    scale(tmp_path / "whole", *POINT)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 2)
-        scale(tmp_path / "first", *arguments)
+        scale(tmp_path / "first", *POINT)
     (first,) = runs(tmp_path / "first")
-    scale(tmp_path / "second", *arguments, "--resume", str(first / "last.pt"))
+    scale(tmp_path / "second", *POINT, "--resume", str(first / "last.pt"))
     assert_same_runs(tmp_path / "whole", tmp_path / "second", (*FILES, "best.pt"))
     (first / "best.pt").unlink()
     with pytest.raises(UserError, match="best.pt beside it is missing"):
-        scale(tmp_path / "first", *arguments)
+        scale(tmp_path / "first", *POINT)
 
 
 def test_starting_afresh_leaves_no_network_of_the_run_before(tmp_path):

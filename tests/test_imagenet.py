@@ -117,7 +117,7 @@ def test_classes_may_lack_images_where_nothing_is_trained(name, make_folders, ca
     data = load(train=False)
     assert data.classes == ["ant", "bee", "cat"]
     assert torch.cat([labels for _, labels in data.val_batches()]).tolist() == [0, 0, 2, 2]
-    assert capsys.readouterr().out == f"{path}/val: 1 of 3 classes have no images\n"
+    assert capsys.readouterr().out.startswith(f"{path}/val: 1 of 3 classes have no images\n")
     (path / "val").rename(path / "train")
     (path / "train" / "bee" / "hidden").mkdir()
     (path / "val").symlink_to(path / "train")
