@@ -162,40 +162,54 @@ def test_mixed_precision_trains_and_the_log_says_which(resnet, tmp_path, amp):
     assert (losses[1] == losses[0]) == (used == "off")
 
 
-@pytest.mark.parametrize(("whole_epochs", "prune"), [(0, False), (1, False), (2, False), (3, False), (2, True)])
-def test_quantization_resumes_bit_identically(resnet, tmp_path, monkeypatch, whole_epochs, prune):
-    arguments = "--epochs 2 --retrain-epochs 2 --lr 1e-3 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
-    arguments += ["--do-prune"] * prune + ["--schedule", "cosine"]
-    quantize(resnet, tmp_path / "whole", *arguments)
+FOUR_EPOCHS = (
+    "--epochs 2 --retrain-epochs 2 --lr 1e-3 --schedule cosine --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
+)
+
+
+@pytest.fixture(scope="module")
+def whole(resnet, tmp_path_factory) -> Path:
+    """The results of FOUR_EPOCHS, and in the folder `--do-prune` of pruning, that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    quantize(resnet, folder, *FOUR_EPOCHS)
+    quantize(resnet, folder / "--do-prune", *FOUR_EPOCHS, "--do-prune")
+    return folder
+
+
+def assert_same_results(whole: Path, parts: Path) -> None:
+    (one,), (two,) = ([run for run in runs(folder) if run.name != "--do-prune"] for folder in (whole, parts))
+    assert one.name == two.name
+    for name in (*FILES, "best_ternarize.pt", "../Ternary_best_acc.pt"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("whole_epochs", "prune"), [(0, ""), (1, ""), (2, ""), (3, ""), (2, "--do-prune")])
+def test_quantization_resumes_bit_identically(resnet, whole, tmp_path, monkeypatch, whole_epochs, prune):
+    arguments = [*FOUR_EPOCHS, *filter(None, [prune])]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, whole_epochs)
-        quantize(resnet, tmp_path / "parts", *arguments)
-    quantize(resnet, tmp_path / "parts", *arguments)
-    assert_same_runs(tmp_path / "whole", tmp_path / "parts", (*FILES, "best_ternarize.pt"))
-    best = "Ternary_best_acc.pt"
-    assert (tmp_path / "whole" / best).read_bytes() == (tmp_path / "parts" / best).read_bytes()
+        quantize(resnet, tmp_path, *arguments)
+    quantize(resnet, tmp_path, *arguments)
+    assert_same_results(whole / prune, tmp_path)
 
 
-@pytest.mark.parametrize("whole_epochs", [0, 1, 3])
-def test_a_best_network_that_was_not_saved_in_time_follows_from_the_state(resnet, tmp_path, monkeypatch, whole_epochs):
+@pytest.mark.parametrize("bests_before", [0, 1])
+def test_a_best_network_that_was_not_saved_in_time_follows_from_the_state(
+    resnet, whole, tmp_path, monkeypatch, bests_before
+):
     """A process that ends between `last.pt` and the best network's file."""
-    arguments = "--epochs 2 --retrain-epochs 2 --lr 1e-3 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split()
-    quantize(resnet, tmp_path / "whole", *arguments)
-    (whole,), saved = runs(tmp_path / "whole"), itertools.count()
-    bests = [json.loads(line)["accuracy"] for line in (whole / "log.jsonl").read_text().splitlines()]
-    last_best = sum(accuracy > max([-1, *bests[:i]]) for i, accuracy in enumerate(bests)) - 1
-    original = model_quantization.training.save
+    saved, original = itertools.count(), model_quantization.training.save
 
     def save_until_killed(content: dict, path: Path) -> None:
-        if next(saved) == min(whole_epochs, last_best):
+        if next(saved) == bests_before:
             raise KeyboardInterrupt
         original(content, path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(model_quantization.training, "save", save_until_killed)
-        quantize(resnet, tmp_path / "parts", *arguments)
-    quantize(resnet, tmp_path / "parts", *arguments)
-    assert_same_runs(tmp_path / "whole", tmp_path / "parts", (*FILES, "best_ternarize.pt"))
+        quantize(resnet, tmp_path, *FOUR_EPOCHS)
+    quantize(resnet, tmp_path, *FOUR_EPOCHS)
+    assert_same_results(whole, tmp_path)
 
 
 def test_time_is_counted_over_all_processes_of_a_run(tmp_path, monkeypatch):
