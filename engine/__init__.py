@@ -6,6 +6,7 @@ Importing this package does not import torch, so that command lines are parsed a
 import re
 
 DATASETS = ("CIFAR100", "CIFAR10", "MNIST", "FashionMNIST", "ImageNet", "digits", "folder")
+DATA_PATH = "../data"  # where images are unless the user says
 MAX_IMAGE_SIZE = 2**16  # pixels
 EXIT_WRONG_INPUT = 2
 

@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from engine import DATASETS, MAX_IMAGE_SIZE
+from engine import DATA_PATH, DATASETS, MAX_IMAGE_SIZE
 from engine.launch import Parser
 from model import MODELS
 
@@ -32,6 +32,7 @@ _workers = _number(int, lambda v: 0 <= v <= MAX_WORKERS, f"a whole number of 0 o
 positive_float = _number(float, lambda v: v > 0, "a number above 0")
 nonnegative_float = _number(float, lambda v: v >= 0, "a number of 0 or more")
 fraction = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not, 1")
+percent = _number(float, lambda v: 0 <= v <= 100, "a number from 0 to 100")
 positive_share = _number(float, lambda v: 0 < v <= 1, "a number above 0, and at most 1")
 
 
@@ -46,9 +47,10 @@ def add_data_arguments(parser: Parser, dataset: str, image_size: str) -> argpars
     )
     group.add_argument(
         "--data-path",
-        default="../data",
+        default=DATA_PATH,
         metavar="DIR",
-        help="folder with train/ and val/ or test/ class folders, or where torchvision keeps or downloads the set",
+        help="folder with train/ and val/ or test/ class folders, Tiny-ImageNet-200 as it comes, .npz files, or where "
+        "torchvision keeps or downloads the set",
     )
     group.add_argument("--image-size", type=_pixels, metavar="PX", help=f"side in pixels (default: {image_size})")
     return group
@@ -121,7 +123,8 @@ def add_run_arguments(parser: Parser, save_dir: str) -> argparse._ArgumentGroup:
     resume.add_argument(
         "--resume",
         metavar="PATH",
-        help="continue from this run's last.pt (without it, an earlier run with the same arguments is continued)",
+        help="continue from this last.pt of a run with the same arguments in another folder (one in SAVE_DIR is "
+        "continued without this flag)",
     )
     resume.add_argument("--no-resume", action="store_true", help="start afresh, also where an earlier run could go on")
     group.add_argument("--seed", type=nonnegative_int, default=0, help="of all random draws")

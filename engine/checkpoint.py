@@ -53,6 +53,7 @@ class Checkpoint:
         All other tensors stay. The new classifier is drawn at random from `seed`, and a line says aloud that it is.
         """
         if len(classes) == self.spec["num_classes"]:
+            self._compare_names(classes, data_path)
             return self
         say(
             f"NEW CLASSIFIER: {self.path} tells {self.spec['num_classes']} classes apart, {dataset} in {data_path} has "
@@ -60,11 +61,12 @@ class Checkpoint:
             f"--dataset and --data-path that the network was trained on"
         )
         spec = {**self.spec, "num_classes": len(classes)}
+        extra = {key: value for key, value in self.extra.items() if key != "classes"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh = build(spec).state_dict()
         kept = {name: t for name, t in self.state_dict.items() if name in fresh and t.shape == fresh[name].shape}
-        return replace(self, spec=spec, state_dict=fresh | kept)
+        return replace(self, spec=spec, state_dict=fresh | kept, extra=extra)
 
     def check_classes(self, classes: list[str], dataset: str, data_path: str) -> None:
         """Raise a UserError unless the network tells as many classes apart as the data set has."""
@@ -72,6 +74,17 @@ class Checkpoint:
             raise UserError(
                 f"{self.path} tells {self.spec['num_classes']} classes apart, but {dataset} in {data_path} has "
                 f"{len(classes)}; pass the --dataset and --data-path that the network was trained on"
+            )
+        self._compare_names(classes, data_path)
+
+    def _compare_names(self, classes: list[str], data_path: str) -> None:
+        """Say aloud where the network was trained on classes of other names, or in another order."""
+        known = self.extra.get("classes", classes)
+        if known != classes:
+            i = next(i for i, (one, other) in enumerate(zip(known, classes)) if one != other)
+            say(
+                f"OTHER CLASSES: {self.path} was trained on classes of other names or in another order than those in "
+                f"{data_path}: number {i + 1} was {known[i]!r} and is {classes[i]!r}"
             )
 
 
@@ -220,7 +233,10 @@ def read_network(path: Path, wanted: dict | None = None) -> Checkpoint:
     if wanted:
         check_wanted(wanted, spec, state_dict, path)
     extra = {key: value for key, value in content.items() if type(key) is str and key not in ("model", "state_dict")}
-    return Checkpoint(path, spec, state_dict, _usable(extra) if "state_dict" in content else {})
+    extra = _usable(extra) if "state_dict" in content else {}
+    if len(extra.get("classes", ())) != spec["num_classes"]:
+        extra.pop("classes", None)
+    return Checkpoint(path, spec, state_dict, extra)
 
 
 def describe(spec: dict) -> str:
@@ -269,7 +285,10 @@ def _identified(state_dict: dict, path: Path) -> dict:
     if spec and not differences:
         return spec
     hint = f"; nearest is {describe(spec)}, but {_first(differences)}" if spec else ""
-    raise UserError(f"{path}: the tensors fit none of the known networks ({', '.join(MODELS)}){hint}")
+    raise UserError(
+        f"{path}: the tensors fit none of the known networks ({', '.join(MODELS)}){hint}; "
+        f"run_scoring.py scores networks of your own with --model module:function"
+    )
 
 
 def _check_values(state_dict: dict, path: Path) -> None:
@@ -294,6 +313,7 @@ TOLD = {  # what a checkpoint says of its network's training, and what a program
     "image_size": _is_image_size,
     "val_image_size": _is_image_size,
     "accuracy": lambda accuracy: type(accuracy) is float,
+    "classes": lambda names: type(names) is list and all(type(name) is str for name in names),
 }
 
 

@@ -152,10 +152,11 @@ class ImagesOnDisk:
 
     @cached_property
     def digest(self) -> str:
-        """Tells data sets apart that have the same name: SHA-256 of all classes' and files' names."""
+        """Tells data sets apart that have the same name: SHA-256 of all files' names and sizes, below their root."""
         files = [file for split in (self.train, self.val) if split for file, _ in split.files]
         root = os.path.commonpath(files)
-        return hashlib.sha256("\n".join(os.path.relpath(file, root) for file in files).encode()).hexdigest()
+        lines = (f"{os.path.relpath(file, root)} {os.path.getsize(file)}\n" for file in files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def train_batches(self, seed: int) -> Batches:
         """Every image once, shuffled and augmented by `seed` alone; an incomplete last batch is left out.

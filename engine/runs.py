@@ -25,6 +25,11 @@ from engine.checkpoint import read, save
 from engine.files import hold, write_whole
 
 
+def merit(record: dict) -> tuple[float, float]:
+    """What makes an epoch the best one: its accuracy, and among equals the smallest validation loss."""
+    return record["accuracy"], -record["val_loss"]
+
+
 class Run:
     """One run in `parent`, found again by its label and its arguments.
 
@@ -127,8 +132,8 @@ class Run:
 
     @property
     def best(self) -> dict | None:
-        """The record of the most accurate epoch, the first of equals; None before any."""
-        return max(self.history, key=lambda record: record["accuracy"], default=None)
+        """The record of the best epoch; None before any."""
+        return max(self.history, key=merit, default=None)
 
     def check_history(self, kinds: dict[str, type]) -> None:
         """Raise ValueError unless all records have these keys and kinds."""

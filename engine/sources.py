@@ -5,6 +5,7 @@ split "train" or "val" as uint8 images `[N, 3, size, size]` and int64 labels `[N
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from engine import UserError
+from engine import DATA_PATH, UserError
 from engine.image_arrays import ImageArrays, cached, find_arrays, read_arrays
 from engine.report import say
 
@@ -43,6 +44,11 @@ def find_source(name: str, path: Path, with_train: bool, threads: int) -> Source
         threads: how many decode small images of class folders.
     """
     if name == "digits":
+        if path != Path(DATA_PATH):
+            raise UserError(
+                f"--data-path {path}: --dataset digits comes with scikit-learn, not from a folder; "
+                f"pass --dataset folder for the images there"
+            )
         return Digits()
     if splits := _class_folders(path, with_train):
         return ClassFolders(*splits, with_train, threads, None if name == "folder" else SMALL_IMAGE_SIZE)
@@ -50,9 +56,10 @@ def find_source(name: str, path: Path, with_train: bool, threads: int) -> Source
         return ArrayFiles(*files, None if name == "folder" else SMALL_IMAGE_SIZE)
     if name in ("ImageNet", "folder"):
         looked_for = "train/ and val/ or test/" if with_train else "val/ or test/"
+        lacking = "no such folder" if not path.is_dir() else "no train/" if _val(path) else "no class folders"
         raise UserError(
-            f"{path}: {'no class folders' if path.is_dir() else 'no such folder'} for --dataset {name} (looked for "
-            f"{looked_for} with one folder a class); pass the folder that holds them as --data-path"
+            f"{path}: {lacking} for --dataset {name} (looked for {looked_for} with one folder a class); "
+            f"pass the folder that holds them as --data-path"
         )
     return Torchvision(name, path)
 
@@ -157,7 +164,7 @@ def _class_folders(path: Path, with_train: bool) -> tuple[Path, Path] | None:
 
     Where there is only a validation folder, and only that is wanted, it stands for both.
     """
-    train, val = path / "train", next((p for p in (path / "val", path / "test") if p.is_dir()), None)
+    train, val = path / "train", _val(path)
     if val is None or with_train and not train.is_dir():
         return None
     splits = (train, val) if train.is_dir() else (val, val)
@@ -172,6 +179,10 @@ def _class_folders(path: Path, with_train: bool) -> tuple[Path, Path] | None:
             f"{different[0]} is missing in {missing_in}); make them the same"
         )
     return splits
+
+
+def _val(path: Path) -> Path | None:
+    return next((folder for folder in (path / "val", path / "test") if folder.is_dir()), None)
 
 
 def _class_names(split: Path) -> list[str]:
@@ -203,15 +214,20 @@ def _image_files(split: Path, classes: Sequence[str], every_class: bool = True) 
         label_of = {name: label for label, name in enumerate(classes)}
         files = [(os.path.join(split, "images", name), label_of[label]) for name, label in annotations.items()]
         return sorted(files)
-    files = []
+    files, left_out = [], Counter()
     for label, name in enumerate(classes):
         found = sorted(
             os.path.join(folder, file)
             for folder, _, names in os.walk(split / name)
             for file in names
-            if file.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not file.startswith(".")
+            if not file.startswith(".")
         )
-        files += [(file, label) for file in found]
+        images = [file for file in found if file.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
+        files += [(file, label) for file in images]
+        left_out.update(Path(file).suffix for file in set(found) - set(images))
+    if left_out:
+        kinds = ", ".join(sorted(suffix or "no extension" for suffix in left_out))
+        say(f"{split}: {left_out.total():,} files are left out, they are not named as images ({kinds})")
     lacking = set(range(len(classes))) - {label for _, label in files}
     if lacking and (every_class or not files):
         raise UserError(

@@ -54,7 +54,11 @@ def parser() -> Parser:
     training.add_argument("--momentum", type=nonnegative_float, default=0.9, help="Nesterov momentum")
     training.add_argument("--weight-decay", type=nonnegative_float, default=5e-4, help="L2 penalty")
 
-    add_data_arguments(parser, dataset="CIFAR100", image_size="32, or 224 for photographs")
+    add_data_arguments(
+        parser,
+        dataset="CIFAR100",
+        image_size="32 for the known small images, 224 for photographs, else the images' own",
+    )
     add_machine_arguments(parser)
     add_run_arguments(parser, "model_compound_scaling/saved_models")
     return parser

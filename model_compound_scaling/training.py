@@ -11,7 +11,7 @@ from engine.device import Machine
 from engine.evaluation import Diverged, evaluate
 from engine.report import say
 from engine.restore import restore_network, restore_optimizer
-from engine.runs import Run
+from engine.runs import Run, merit
 from engine.training import cosine, derived_seed, train_epoch
 
 IMAGENET_STEPS = (30, 60, 90)  # epochs
@@ -49,7 +49,8 @@ def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Na
     )
 
     def save_best() -> None:
-        extra = {"dataset": data.name, "image_size": data.image_size, "accuracy": best["accuracy"]}
+        extra = {"dataset": data.name, "classes": data.classes, "image_size": data.image_size}
+        extra |= {"accuracy": best["accuracy"]}
         save(network_content(spec, network, **extra), run.folder / "best.pt")
 
     first, best = args.start_epoch, {"epoch": None, "accuracy": 0.0}
@@ -85,7 +86,7 @@ def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Na
             "accuracy": validation.accuracy,
         }
         run.save_epoch(record, {"network": network.state_dict(), "optimizer": optimizer.state_dict()})
-        if best["epoch"] is None or validation.accuracy > best["accuracy"]:
+        if best["epoch"] is None or merit(record) > merit(best):
             best = record
             save_best()
         say(

@@ -11,6 +11,7 @@ from engine.arguments import (
     fraction,
     nonnegative_float,
     nonnegative_int,
+    percent,
     positive_float,
     positive_int,
     positive_share,
@@ -73,12 +74,18 @@ def parser() -> Parser:
         "--select",
         choices=("accuracy", "score"),
         default="accuracy",
-        help="the best network has the highest accuracy (as published), or the smallest score at the task's threshold",
+        help="the best network has the highest accuracy (as published), or the smallest score that holds --threshold",
+    )
+    sweep.add_argument(
+        "--threshold",
+        type=percent,
+        metavar="PERCENT",
+        help="accuracy to hold with --select score (default: the challenge's, 75 for ImageNet, else CIFAR-100's 80)",
     )
     sweep.add_argument(
         "--shard",
         type=_shard,
-        default=(1, 1),
+        default="1/1",
         metavar="I/N",
         help="run every N-th pair from the I-th on: N machines share a sweep, each table shows what all have finished",
     )
@@ -105,7 +112,8 @@ def parser() -> Parser:
     add_data_arguments(
         parser,
         dataset="the checkpoint's, else CIFAR100",
-        image_size="the checkpoint's, else 200 for ImageNet and 32 for small images",
+        image_size="the checkpoint's, else 200 for ImageNet, 32 for the known small images, else their own; EfficientNets "
+        "train at this size, and are validated and counted on photographs of their own",
     )
     add_machine_arguments(parser)
     runs = add_run_arguments(parser, "model_quantization/saved_models")

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from engine.files import write_whole
-from engine.rulers.tally import Task
 from engine.runs import Run
 from model_quantization import ec2t
 
@@ -41,6 +41,7 @@ def plot_ternarization(content: dict, run: Run) -> Path:
     if frozen is not None:
         axes[0].axvline(frozen - 0.5, color=GREY, ls=":", label="assignment frozen from here")
     axes[0].set(xlabel="epoch", ylabel="percent")
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
     _stack(axes[1], shares, (NEGATIVE, ZERO, POSITIVE), ("$-w_n$", "0", "$+w_p$"))
@@ -59,30 +60,36 @@ def plot_ternarization(content: dict, run: Run) -> Path:
     return _save(figure, run.folder / "ternarization.png")
 
 
-def plot_sweep(results: list[dict], best: int, task: Task | None, path: Path) -> Path:
-    """Draw accuracy over zeros of every grid point, the Pareto front, and the task's threshold where there is one."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+def plot_sweep(results: list[dict], best: int, threshold: float | None, title: str, path: Path) -> Path:
+    """Draw accuracy over zeros of every grid point, the Pareto front, and the accuracy to hold where there is one."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     zeros, accuracy = (np.array([r[key] for r in results]) for key in ("zeros", "accuracy"))
     front = pareto_front(zeros, accuracy)
-    axes.plot(zeros[front], accuracy[front], "-", color=GREEN, label="Pareto front")
-    axes.plot(zeros, accuracy, "o", color=DARK)
-    axes.plot(zeros[best], accuracy[best], "o", ms=11, mfc="none", mec=POSITIVE, label="best")
-    for result in results:
-        label = f"s {result['s']:g}, g {result['g']:g}"
-        point = (result["zeros"], result["accuracy"])
-        axes.annotate(label, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
-    if task:
-        axes.axhline(task.threshold_percent, color=GREY, ls=":", label=f"{task.name}'s threshold")
-    axes.margins(0.15)
-    axes.set(xlabel="zeros (% of all parameters)", ylabel="accuracy (%)")
-    axes.legend()
+    axes.step(zeros[front], accuracy[front], color=GREEN, lw=5, alpha=0.25, label="Pareto front")
+    for number, s in enumerate(sorted({r["s"] for r in results})):
+        points = sorted((r["g"], r["zeros"], r["accuracy"]) for r in results if r["s"] == s)
+        marker = "osD^v<>ph*"[number % 10]
+        axes.plot(*zip(*(point[1:] for point in points)), f"{marker}:", color=f"C{number % 10}", label=f"s {s:g}")
+        for g, *point in points:
+            axes.annotate(f"{g:g}", point, xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=30)
+    axes.plot(zeros[best], accuracy[best], "o", ms=13, mfc="none", mec=POSITIVE, label="best")
+    if threshold is not None:
+        axes.axhline(threshold, color=GREY, ls="--", label=f"{threshold:g}% to hold")
+    axes.margins(0.1)
+    axes.set(xlabel="zeros (% of all parameters)", ylabel="accuracy (%)", title=f"{title} (numbers: g)")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
 
 def pareto_front(zeros: np.ndarray, accuracy: np.ndarray) -> list[int]:
-    """The points that no other one exceeds in zeros without being less accurate, from the most zeros down."""
-    return [i for i in np.argsort(-zeros) if accuracy[i] == accuracy[zeros >= zeros[i]].max()]
+    """The points that no other one reaches in both zeros and accuracy, from the most zeros down."""
+    front, highest = [], -np.inf
+    for i in np.lexsort((-accuracy, -zeros)):
+        if accuracy[i] > highest:
+            front.append(int(i))
+            highest = accuracy[i]
+    return front
 
 
 def kept_and_deleted(assignment: Tensor) -> tuple[float, float, float]:
@@ -97,14 +104,16 @@ def kept_and_deleted(assignment: Tensor) -> tuple[float, float, float]:
     return share, 1 - whole - share, whole
 
 
-def plot_layers(assignments: dict[str, Tensor], result: dict, path: Path) -> Path:
+def plot_layers(assignments: dict[str, Tensor], result: dict, title: str, path: Path) -> Path:
     """Draw each layer's weights as kept, deleted within kernels, and deleted as whole channels."""
     shares = [kept_and_deleted(assignment) for assignment in assignments.values()]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots()
     _stack(axes, np.array(shares).T, (DARK, ZERO, NEGATIVE), ("kept", "deleted within kernels", "deleted channels"))
     axes.set(xlabel="layer, from the input on")
-    figure.suptitle(f"s {result['s']:g}, g {result['g']:g}: {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
+    figure.suptitle(
+        f"{title}: {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros (s {result['s']:g}, g {result['g']:g})"
+    )
     return _save(figure, path)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from engine import UserError
 from engine.checkpoint import Checkpoint, expecting, find, read_network, save, wanted_spec
 from engine.data import Data, load_data
 from engine.device import Machine, choose_machine
@@ -20,7 +21,7 @@ from engine.processes import is_first
 from engine.report import say, table
 from engine.restore import check_alike
 from engine.rulers import challenge, published
-from engine.rulers.tally import Task, Widths, task_of
+from engine.rulers.tally import Widths, task_of
 from engine.runs import Run, resume_from, write_text
 from engine.training import derived_seed
 from model import EFFICIENTNETS, LITES, build
@@ -83,23 +84,29 @@ def compare(runs: list[Run], path: Path, data: Data, args: Namespace) -> None:
     if not results:
         say(f"\nShard {args.shard[0]}/{args.shard[1]} has no pair of this grid, and none is finished yet")
         return
-    best = select(results, args.select, task)
+    threshold = task.threshold_percent if args.threshold is None else args.threshold
+    best = select(results, args.select, threshold)
     say("\n" + comparison(results, best))
     best_path, stem = save_dir / "Ternary_best_acc.pt", save_dir / path.stem
     content = read_best(finished[best], results[best]["phase"])
     save({key: value for key, value in content.items() if key != "layers"}, best_path)
     write_text(stem.with_name(f"{stem.name}_sweep.json"), json.dumps(results, indent=2) + "\n")
-    own_task = task.is_solved_by(data.name, len(data.classes))
+    is_own_task = task.is_solved_by(data.name, len(data.classes))
+    held = threshold if is_own_task or args.threshold is not None else None
+    title = f"{path.stem}, {data.name}"
     pictures = [
-        plot_sweep(results, best, task if own_task else None, stem.with_name(f"{stem.name}_sweep.png")),
-        plot_layers(content["assignments"], results[best], stem.with_name(f"{stem.name}_layers.png")),
+        plot_sweep(results, best, held, title, stem.with_name(f"{stem.name}_sweep.png")),
+        plot_layers(content["assignments"], results[best], title, stem.with_name(f"{stem.name}_layers.png")),
     ]
     say(f"\nPlots: {' '.join(map(str, pictures))}")
     row = results[best]
+    rule = "accuracy" if args.select == "accuracy" else f"score at {threshold:g}% or more"
     say(
-        f"Best by {args.select}: s {row['s']:g}, g {row['g']:g}, {row['accuracy']:.2f}%, "
+        f"Best by {rule}: s {row['s']:g}, g {row['g']:g}, {row['accuracy']:.2f}%, "
         f"{row['zeros']:.2f}% zeros -> {best_path}"
     )
+    if all(r.get("diverged") for r in results):
+        raise UserError(f"every pair diverged, see above; try a smaller --lr than {args.lr:g}")
 
 
 def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -> Data:
@@ -183,17 +190,18 @@ def scored(run: Run, best: dict, data: Data, machine: Machine) -> dict:
     }
 
 
-def select(results: list[dict], by: str, task: Task) -> int:
-    """The index of the best result: the highest accuracy, or the smallest score that holds the task's threshold.
+def select(results: list[dict], by: str, threshold: float) -> int:
+    """The index of the best result: the highest accuracy, or the smallest score that holds `threshold` percent.
 
-    The score is that of 16-bit parameters, and so is the accuracy that must hold the threshold. Where none holds it, the highest accuracy is best by score too.
+    The score is that of 16-bit parameters, and so is the accuracy that must hold the threshold. Where none holds it,
+    the highest accuracy is best by score too. Among equal accuracies the smallest score is best.
     """
     if by == "score":
-        holding = [i for i, r in enumerate(results) if r["accuracy_16_bit"] >= task.threshold_percent]
+        holding = [i for i, r in enumerate(results) if r["accuracy_16_bit"] >= threshold]
         if holding:
             return min(holding, key=lambda i: results[i]["score"])
-        say(f"\nNo network holds {task.threshold_percent:g}%: the highest accuracy counts")
-    return max(range(len(results)), key=lambda i: results[i]["accuracy"])
+        say(f"\nNo network holds {threshold:g}% with 16 bit: the highest accuracy counts")
+    return max(range(len(results)), key=lambda i: (results[i]["accuracy"], -results[i]["score"]))
 
 
 def comparison(results: list[dict], best: int) -> str:
@@ -225,7 +233,7 @@ def comparison(results: list[dict], best: int) -> str:
             f"{r['score']:.5f}",
             f"{r['phase']} {r['epoch']}",
             f"{r['seconds']:.0f} s",
-            "best" if i == best else "diverged" if r.get("diverged") else "",
+            ", ".join(["best"] * (i == best) + ["diverged"] * bool(r.get("diverged"))),
         ]
         for i, r in enumerate(results)
     ]

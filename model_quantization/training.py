@@ -13,13 +13,13 @@ from engine.distributed import wait_for_all
 from engine.evaluation import Diverged, evaluate
 from engine.report import say
 from engine.restore import restore_network
-from engine.runs import Run
+from engine.runs import Run, merit
 from engine.training import cosine, derived_seed, train_epoch
 from model.layers import is_ternary, pruning_candidates, ternary_candidates
 from model_quantization.layers import TernaryLayers
 from model_quantization.optimizer import EC2TOptimizer
 
-PHASES = TERNARIZE, RETRAIN = ("ternarize", "retrain")
+TERNARIZE, PRUNE, RETRAIN = "ternarize", "prune", "retrain"  # phases
 RECORD = {  # of an epoch
     "phase": str,
     "epoch": int,
@@ -61,6 +61,7 @@ class Point:
             self.layers.compile()
         self.others = [parameter for name, parameter in parameters.items() if name not in names]
         self.runner = machine.runner(self.network)
+        self.first_phase = PRUNE if args.do_prune else TERNARIZE
         self.best: dict | None = None
 
     def train(self) -> dict:
@@ -68,14 +69,14 @@ class Point:
 
         A loss that becomes NaN ends the training; the record then has the key `diverged`.
         """
-        phase, epoch = TERNARIZE, 0
+        phase, epoch = self.first_phase, 0
         try:
             if self.run.state:
                 with expecting(self.run.last, "the state of this run"):
                     phase, epoch = self._progress()
                 say(f"  continuing after epoch {epoch} of phase {phase!r}")
             self._train_phase(phase, epoch, self.run.state)
-            if phase == TERNARIZE:
+            if phase == self.first_phase:
                 self._load_best()
                 self._train_phase(RETRAIN, 0)
         except Diverged as error:
@@ -91,7 +92,9 @@ class Point:
         self.best, last = self.run.best, self.run.history[-1]
         if self.best is not last:  # else it follows from the state
             self.run.check_file(self.best_file(self.best["phase"]).name)
-        return PHASES[PHASES.index(last["phase"])], max(0, last["epoch"])
+        if last["phase"] not in (self.first_phase, RETRAIN):
+            raise ValueError(f"{last['phase']} is no phase of this run")
+        return last["phase"], max(0, last["epoch"])
 
     def best_file(self, phase: str) -> Path:
         """The best network of a phase; separate files, so that a resumed run finds the first phase's."""
@@ -99,7 +102,7 @@ class Point:
 
     def _train_phase(self, phase: str, first: int, state: dict | None = None) -> None:
         """Train from epoch `first` on, continuing from `state` where there is one."""
-        epochs = self.args.epochs if phase == TERNARIZE else self.args.retrain_epochs
+        epochs = self.args.retrain_epochs if phase == RETRAIN else self.args.epochs
         self.layers.frozen = phase == RETRAIN
         optimizer = EC2TOptimizer(self.layers, self.others, self.args.lr, self.args.lr2, self.args.weight_decay)
         if state:
@@ -108,12 +111,12 @@ class Point:
                 restore_network(self.network, state["network"])
             if self.best is self.run.history[-1]:  # the process may have ended before it saved that network
                 self._save_best()
-        elif phase == TERNARIZE:
+        elif phase == self.first_phase:
             self._finish_epoch(phase, 0, None, optimizer)
         for epoch in range(first, epochs):
             if self.args.schedule == "cosine":
                 optimizer.scale_learning_rates(cosine(epoch, epochs))
-            seed = derived_seed(self.args.seed, 1 + PHASES.index(phase), epoch)
+            seed = derived_seed(self.args.seed, 2 if phase == RETRAIN else 1, epoch)
             description = f"{phase} {epoch + 1}/{epochs}"
             loss = train_epoch(self.runner, optimizer, self.data, self.machine, seed, description)
             self._finish_epoch(phase, epoch + 1, loss, optimizer)
@@ -133,7 +136,7 @@ class Point:
             "entropy": self.layers.entropy(),
         }
         self.run.save_epoch(record, {"network": self.network.state_dict(), "optimizer": optimizer.state_dict()})
-        if self.best is None or validation.accuracy > self.best["accuracy"]:
+        if self.best is None or merit(record) > merit(self.best):
             self.best = record
             self._save_best()
         say(
@@ -148,6 +151,7 @@ class Point:
             self.spec,
             self.network,
             dataset=self.data.name,
+            classes=self.data.classes,
             image_size=self.data.image_size,
             val_image_size=self.data.val_image_size,
             accuracy=self.best["accuracy"],
@@ -158,7 +162,7 @@ class Point:
     def _load_best(self) -> None:
         """Load the best epoch's network, assignments and centroids of the first phase."""
         wait_for_all()
-        path = self.best_file(TERNARIZE)
+        path = self.best_file(self.first_phase)
         content = read(path)
         with expecting(path, "the best network of this run"):
             restore_network(self.network, content["state_dict"])

@@ -340,7 +340,8 @@ def _is_positive(value: object) -> bool:
 
 def _small(extra: dict) -> dict:
     """What is kept of a checkpoint's `extra`, if a program here can have written it."""
-    return {key: extra[key] for key, is_valid in TOLD.items() if key in extra and is_valid(extra[key])}
+    told = {key: is_valid for key, is_valid in TOLD.items() if key != "classes"}  # names would take many bytes
+    return {key: extra[key] for key, is_valid in told.items() if key in extra and is_valid(extra[key])}
 
 
 def _short(text: object) -> str:

@@ -45,19 +45,20 @@ def run(args: Namespace) -> int:
     """Score the network `--t-model`."""
     path = find(args.t_model, Path(T_MODELS))
     checkpoint, network = load(path, args)
-    say(f"{path}: {describe(checkpoint.spec)}")
+    before = load_before(args) if args.before else None
+    for file in filter(None, (args.json, args.pack, args.unpack)):
+        if Path(file).is_dir():
+            raise UserError(f"{file} is a folder; pass the name of a file to write")
     published.prune_depthwise(network, args.prune_threshold)
     dataset = args.dataset or checkpoint.extra.get("dataset") or default_dataset(checkpoint.spec)
     image_size = args.image_size or checkpoint.image_size or default_image_size(checkpoint.spec)
     task = task_of(dataset)
+    say(f"{path}: {describe(checkpoint.spec)}, operations of one image of {image_size} px")
 
     tallies = count_all(network, checkpoint.spec, image_size, args)
-    if args.accounting not in tallies:
-        raise UserError(
-            f"the published ruler has no form for {checkpoint.spec['name']}, only for {', '.join(published.MODELS)}; "
-            f"take another --accounting"
-        )
-    say(listing(tallies[args.accounting]))
+    tally = on_ruler(args.accounting, tallies, checkpoint.spec)
+    say(listing(tally))
+    export(network, checkpoint, args)
     evaluation = evaluate_network(network, checkpoint, dataset, image_size, args) if args.eval else None
     say(summary(tallies, task, dataset, checkpoint.spec["num_classes"], evaluation))
     report = {
@@ -69,14 +70,13 @@ def run(args: Namespace) -> int:
         "rulers": {name: as_dict(tally, task) for name, tally in tallies.items()},
         "evaluation": evaluation and {**asdict(evaluation), "accuracy": evaluation.accuracy},
     }
-    if args.before:
-        report["before"] = before_and_after(args, tallies[args.accounting], task, dataset, image_size, evaluation)
-    export(network, checkpoint, args)
+    if before:
+        report["before"] = before_and_after(args, before, tally, task, report, evaluation)
     say_peak_memory()
     report["peak_memory"] = peak_memory()
     if args.json:
         write_text(Path(args.json), json.dumps(report, indent=2) + "\n")
-    if args.strict and (uncounted := tallies[args.accounting].uncounted):
+    if args.strict and (uncounted := tally.uncounted):
         names = ", ".join(sorted({entry.operation for entry in uncounted}))
         raise UserError(f"{path}: operations without a rule ({names}); leave --strict out to score without them")
     return 0
@@ -146,6 +146,15 @@ def default_image_size(spec: dict) -> int:
     if spec["name"] in EFFICIENTNETS + LITES:
         return native_image_size(spec["name"])
     return 200 if spec["name"] == "imagenet_micronet" else 32
+
+
+def on_ruler(ruler: str, tallies: dict[str, Tally], spec: dict) -> Tally:
+    if ruler not in tallies:
+        raise UserError(
+            f"the published ruler has no form for {spec['name']}, only for {', '.join(published.MODELS)}; "
+            f"take another --accounting"
+        )
+    return tallies[ruler]
 
 
 def evaluate_network(
@@ -231,26 +240,48 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
     return "\n".join(lines)
 
 
+def plain(args: Namespace) -> Namespace:
+    """The arguments for the full-precision network `--before`: 32 bit throughout, and nothing of the other network's."""
+    return Namespace(
+        **{**vars(args), "halfprecision": False, "mul_bits": 32, "add_bits": 32, "dw_multps": None, "phi": None}
+    )
+
+
+def load_before(args: Namespace) -> tuple[Checkpoint, nn.Module]:
+    return load(find(args.before, Path(T_MODELS)), plain(args))
+
+
 def before_and_after(
-    args: Namespace, after: Tally, task: Task, dataset: str, image_size: int, evaluation: Evaluation | None
+    args: Namespace,
+    before: tuple[Checkpoint, nn.Module],
+    after: Tally,
+    task: Task,
+    report: dict,
+    evaluation: Evaluation | None,
 ) -> dict:
-    """Print what the full-precision network `--before` counts as, at 32 bit, beside the compressed one."""
-    path = find(args.before, Path(T_MODELS))
-    plain = Namespace(**{**vars(args), "halfprecision": False, "mul_bits": 32, "add_bits": 32})
-    checkpoint, network = load(path, Namespace(**{**vars(plain), "dw_multps": None, "phi": None}))
-    before = count_all(network, checkpoint.spec, image_size, plain)[after.ruler]
+    """Print what the full-precision network `before` counts as, at 32 bit, beside the compressed one.
+
+    A network that tells other classes apart (one that the compressed one's features came from) has no accuracy here.
+    """
+    checkpoint, network = before
+    image_size, args = report["image_size"], plain(args)
+    tally = on_ruler(after.ruler, count_all(network, checkpoint.spec, image_size, args), checkpoint.spec)
     rows = [
-        ["zeros", f"{before.zeros_percent:.2f}%", f"{after.zeros_percent:.2f}%"],
-        ["scoring params", *(with_unit(t.total_scoring_params) for t in (before, after))],
-        ["FLOP", *(with_unit(t.total_mflop * 1e6) for t in (before, after))],
-        ["score", *(f"{t.score(task):.5f}" for t in (before, after))],
+        ["zeros", f"{tally.zeros_percent:.2f}%", f"{after.zeros_percent:.2f}%"],
+        ["scoring params", *(with_unit(t.total_scoring_params) for t in (tally, after))],
+        ["FLOP", *(with_unit(t.total_mflop * 1e6) for t in (tally, after))],
+        ["score", *(f"{t.score(task):.5f}" for t in (tally, after))],
     ]
-    result = as_dict(before, task)
+    result = as_dict(tally, task)
     if evaluation:
-        first = evaluate_network(network, checkpoint, dataset, image_size, plain)
-        rows.insert(0, ["accuracy", f"{first.accuracy:.2f}%", f"{evaluation.accuracy:.2f}%"])
-        result["evaluation"] = {**asdict(first), "accuracy": first.accuracy}
-    say(f"\nBefore and after, {after.ruler} ruler ({path.name} at 32 bit, {Path(args.t_model).name} as above)")
+        first = None
+        if checkpoint.spec["num_classes"] == report["model"]["num_classes"]:
+            first = evaluate_network(network, checkpoint, report["dataset"], image_size, args)
+            result["evaluation"] = {**asdict(first), "accuracy": first.accuracy}
+        rows.insert(0, ["accuracy", f"{first.accuracy:.2f}%" if first else "-", f"{evaluation.accuracy:.2f}%"])
+    say(
+        f"\nBefore and after, {after.ruler} ruler ({checkpoint.path.name} at 32 bit, {Path(args.t_model).name} as above)"
+    )
     say(table(["", "before", "after"], rows))
     return result
 

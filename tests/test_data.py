@@ -15,7 +15,7 @@ from conftest import random_image
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from engine import DATASETS, UserError
+from engine import DATA_PATH, DATASETS, UserError
 from engine.augment import normalise
 from engine.data import Data, ImagesInMemory, ImagesOnDisk, load_data
 from engine.preprocessing import preprocessing_of
@@ -128,15 +128,18 @@ def test_a_palette_with_transparency_and_a_wrong_suffix(make_folders):
     assert torch.equal(images[1], torch.from_numpy(np.array(random_image(seed=1))).movedim(2, 0))
 
 
-def test_hidden_files_and_folders_do_not_count_and_nested_ones_do(make_folders):
+def test_hidden_files_and_folders_do_not_count_and_nested_ones_do(make_folders, capsys):
     path = make_folders()
     (path / "train" / ".ipynb_checkpoints").mkdir()
     (path / "train" / "cat" / "._0.png").write_bytes(b"of another system")
     (path / "train" / "cat" / "readme.txt").write_text("no image")
     (path / "train" / "cat" / "more").mkdir()
     random_image().save(path / "train" / "cat" / "more" / "9.PNG")
+    (path / "train" / "dog" / "moving.gif").write_bytes(b"left out")
     data = load(path)
     assert data.classes == ["cat", "dog"] and data.train[1].tolist() == [0, 0, 0, 1, 1]
+    left_out = f"{path}/train: 2 files are left out, they are not named as images (.gif, .txt)\n"
+    assert left_out in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------- other data sets
@@ -144,7 +147,7 @@ def test_hidden_files_and_folders_do_not_count_and_nested_ones_do(make_folders):
 
 @pytest.mark.parametrize("size", [8, 16])
 def test_digits(size, tmp_path):
-    data = load(tmp_path / "nowhere", "digits", image_size=size)
+    data = load(Path(DATA_PATH), "digits", image_size=size)
     assert data.classes == list("0123456789")
     assert len(data.train[1]) + len(data.val[1]) == 1797
     for images, labels in (data.train, data.val):
@@ -152,8 +155,12 @@ def test_digits(size, tmp_path):
     assert max(Counter(data.val[1].tolist()).values()) <= 37 and min(Counter(data.val[1].tolist()).values()) >= 35
 
 
+def test_digits_of_a_folder_are_not_the_built_in_ones(make_folders):
+    assert "--dataset digits comes with scikit-learn, not from a folder" in refusal(make_folders(), "digits")
+
+
 def test_no_digit_is_in_both_halves_or_lost(tmp_path):
-    data = load(tmp_path, "digits", image_size=8)
+    data = load(Path(DATA_PATH), "digits", image_size=8)
     ours = Counter(image[0].numpy().tobytes() for images, _ in (data.train, data.val) for image in images)
     original = np.round(load_digits().images * 255 / 16).astype(np.uint8)
     assert ours == Counter(image.tobytes() for image in original)
@@ -503,6 +510,11 @@ def test_workers_outlive_the_ctrl_c_that_reaches_them(make_folders):
 
 
 # ------------------------------------------------------------------------------------- telling data sets apart
+
+
+def test_other_photographs_under_the_same_names_are_another_data_set(make_folders):
+    paths = [make_folders(name, size=size, suffix="jpg") for name, size in (("160", (160, 160)), ("320", (320, 320)))]
+    assert len({load(path, "ImageNet").digest for path in paths}) == 2
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "ImageNet"])

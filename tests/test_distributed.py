@@ -10,7 +10,7 @@ import torch
 import two_processes
 from conftest import ROOT
 
-from engine import UserError, distributed
+from engine import DATA_PATH, UserError, distributed
 from engine.checkpoint import network_content, read, save
 from engine.data import load_data
 from model import build
@@ -98,8 +98,8 @@ def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(distributed, "told_by_first", lambda value: value)
     with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
-        load_data("digits", "", torch.device("cpu"), batch_size=15)
-    load_data("digits", "", torch.device("cpu"), batch_size=15, train=False)
+        load_data("digits", DATA_PATH, torch.device("cpu"), batch_size=15)
+    load_data("digits", DATA_PATH, torch.device("cpu"), batch_size=15, train=False)
 
 
 def test_the_first_process_reads_first(monkeypatch):

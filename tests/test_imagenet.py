@@ -105,6 +105,16 @@ def test_stage_2_follows_the_folder_and_stage_3_refuses(resnet, make_folders, ca
     assert "resnet.pt tells 5 classes apart, but folder in" in one_line(caught)
 
 
+def test_classes_of_other_names_or_in_another_order_are_said(resnet, make_folders, capsys):
+    path = make_folders(classes=("ant", "bee", "cat"))
+    best = quantize(resnet, path, path / "out", "--dataset", "folder", "--epochs", "1", "--retrain-epochs", "0")
+    assert read(best)["classes"] == ["ant", "bee", "cat"]
+    for changed, said in ((path, 0), (make_folders("other", classes=("ant", "cow", "dog")), 1)):
+        capsys.readouterr()
+        assert score(best, changed, "--dataset", "folder", "--eval") == 0
+        assert capsys.readouterr().out.count("OTHER CLASSES: ") == said
+
+
 @pytest.mark.parametrize("name", ["folder", "ImageNet"])
 def test_classes_may_lack_images_where_nothing_is_trained(name, make_folders, capsys):
     path = make_folders(classes=("ant", "bee", "cat"), splits=("val",))

@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.rulers.tally import task_of
 from model_quantization.plots import kept_and_deleted, pareto_front, plot_layers, plot_sweep
 
 RESULTS = [
@@ -28,12 +27,16 @@ def test_a_weight_is_deleted_with_its_channel_or_within_its_kernel():
     assert kept_and_deleted(torch.tensor([[1, 0], [0, -1]])) == pytest.approx([0.5, 0.5, 0])
 
 
-@pytest.mark.parametrize("task", [None, task_of("CIFAR100")])
-def test_plots_are_pictures(task, tmp_path):
+def test_of_equally_accurate_points_the_one_with_most_zeros_is_on_the_front():
+    assert pareto_front(np.array([70.0, 75.0, 72.0, 75.0]), np.array([96.0, 96.0, 96.0, 95.0])) == [1]
+
+
+@pytest.mark.parametrize("threshold", [None, 80.0])
+def test_plots_are_pictures(threshold, tmp_path):
     layers = {f"{i}.weight": torch.randint(-1, 2, (4, 5, 3, 3)) for i in range(6)}
     pictures = [
-        plot_sweep(RESULTS, 0, task, tmp_path / "sweep.png"),
-        plot_layers(layers, RESULTS[0], tmp_path / "layers.png"),
+        plot_sweep(RESULTS, 0, threshold, "net, CIFAR100", tmp_path / "sweep.png"),
+        plot_layers(layers, RESULTS[0], "net, CIFAR100", tmp_path / "layers.png"),
     ]
     for path in pictures:
         with Image.open(path) as picture:

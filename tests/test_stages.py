@@ -179,7 +179,9 @@ def whole(resnet, tmp_path_factory) -> Path:
 def assert_same_results(whole: Path, parts: Path) -> None:
     (one,), (two,) = ([run for run in runs(folder) if run.name != "--do-prune"] for folder in (whole, parts))
     assert one.name == two.name
-    for name in (*FILES, "best_ternarize.pt", "../Ternary_best_acc.pt"):
+    networks = [path.name for path in one.glob("best*.pt")]
+    assert networks
+    for name in (*FILES, *networks, "../Ternary_best_acc.pt"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
@@ -299,6 +301,29 @@ def test_pruning_a_network_without_dense_layers_is_refused(resnet, tmp_path):
         quantize(tmp_path / "Ternary_best_acc.pt", tmp_path, "--do-prune", "--ini-c-divrs", "0.3")
 
 
+def test_where_every_pair_diverges_that_is_an_error(resnet, tmp_path, capsys):
+    arguments = "--ini-c-divrs 0.3 0.5 --lambda-max-divrs 0.1 --epochs 1 --retrain-epochs 0 --lr 1e35 --lr2 1e30"
+    with pytest.raises(engine.UserError, match="every pair diverged, see above; try a smaller --lr than 1e"):
+        quantize(resnet, tmp_path, *arguments.split())
+    said = capsys.readouterr().out
+    assert said.count("best, diverged") == 1 and said.count("diverged\n") == 2
+
+
+@pytest.mark.parametrize(("accuracies", "losses", "best"), [((5, 6, 6), (1, 3, 2), 2), ((6, 6, 5), (1, 1, 0), 0)])
+def test_among_equally_accurate_epochs_the_smallest_loss_is_best(accuracies, losses, best, tmp_path):
+    run = engine.runs.Run(tmp_path, "x", {})
+    run.history = [{"accuracy": a, "val_loss": loss} for a, loss in zip(accuracies, losses)]
+    assert run.best is run.history[best]
+
+
+@pytest.mark.parametrize(("threshold", "said"), [([], "at 80% or more"), (["--threshold", "1.5"], "at 1.5% or more")])
+def test_the_threshold_is_the_users_or_the_challenges_and_is_said(resnet, tmp_path, capsys, threshold, said):
+    arguments = "--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1 --select score".split()
+    quantize(resnet, tmp_path, *arguments, *threshold)
+    out = capsys.readouterr().out
+    assert f"Best by score {said}" in out and ("No network holds 80%" in out) == (not threshold)
+
+
 def test_a_loss_that_becomes_nan_stops_the_point_and_keeps_the_last_good_network(tmp_path, capsys):
     with pytest.raises(engine.UserError, match="smaller --lr"):
         scale(tmp_path, "--grid", "0.14", "0.5", "--epochs", "2", "--lr", "1e30")
@@ -312,11 +337,12 @@ def test_a_loss_that_becomes_nan_stops_the_point_and_keeps_the_last_good_network
         ([(80.5, 3), (80.1, 2), (79.9, 1)], "accuracy", 0),
         ([(80.5, 3), (80.0, 2), (79.999, 1)], "score", 1),
         ([(70.0, 3), (71.0, 9)], "score", 1),
+        ([(96.0, 3), (96.0, 2), (95.0, 1)], "accuracy", 1),
     ],
 )
 def test_selection(rows, by, best):
     results = [{"accuracy": accuracy, "accuracy_16_bit": accuracy, "score": points} for accuracy, points in rows]
-    assert model_quantization.sweep.select(results, by, engine.rulers.tally.task_of("CIFAR100")) == best
+    assert model_quantization.sweep.select(results, by, 80.0) == best
 
 
 def test_the_threshold_must_hold_with_the_parameters_that_the_score_counts():
@@ -324,7 +350,7 @@ def test_the_threshold_must_hold_with_the_parameters_that_the_score_counts():
         {"accuracy": 80.2, "accuracy_16_bit": 80.1, "score": 3},
         {"accuracy": 80.0, "accuracy_16_bit": 79.9, "score": 2},
     ]
-    assert model_quantization.sweep.select(results, "score", engine.rulers.tally.task_of("CIFAR100")) == 0
+    assert model_quantization.sweep.select(results, "score", 80.0) == 0
 
 
 @pytest.mark.parametrize("coo", [False, True])
@@ -425,6 +451,24 @@ def test_a_users_own_network_may_end_in_batch_norm(tmp_path, monkeypatch):
     torch.save(ends_in_norm.net().state_dict(), "own.pt")
     assert score(tmp_path / "own.pt", "--model", "ends_in_norm:net", "--json", "own.json") == 0
     assert json.loads(Path("own.json").read_text())["model"]["num_classes"] == 7
+
+
+def test_what_can_not_be_compared_or_written_is_said_before_the_evaluation(resnet, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_scoring.scoring, "evaluate_network", None)
+    for arguments, said in (
+        (["--before", "nowhere.pt"], "no file 'nowhere.pt'"),
+        (["--json", str(tmp_path)], "is a folder; pass the name of a file"),
+    ):
+        with pytest.raises(engine.UserError, match=said):
+            score(resnet, "--eval", "--pack", str(tmp_path / "x.safetensors"), *arguments)
+
+
+def test_a_network_of_other_classes_has_no_accuracy_before(resnet, tmp_path, capsys):
+    spec = {"name": "resnet20", "num_classes": 20}
+    save(network_content(spec, build(spec)), tmp_path / "other.pt")
+    assert score(resnet, "--eval", "--before", str(tmp_path / "other.pt")) == 0
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy"))
+    assert row[1] == "-" and row[2].endswith("%")
 
 
 def test_before_and_after_stand_side_by_side(resnet, tmp_path, capsys):
