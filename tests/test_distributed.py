@@ -114,13 +114,17 @@ def test_the_first_process_reads_first(monkeypatch):
     assert order == ["0", "told", "told", "1"]
 
 
-def test_wrong_data_are_said_once_and_end_all_processes(tmp_path):
-    command = "run_compound_scaling.py --dataset folder --data-path nowhere --phi 0 --no-cuda --save-dir".split()
-    done = torchrun(*command, str(tmp_path))
-    ours = [line for line in done.stderr.splitlines() if line.startswith("run_compound_scaling.py: ")]
-    assert len(ours) == 1 and "nowhere: no such folder" in ours[0]
-    assert "RuntimeError" not in done.stderr and done.stderr.count("exitcode  : 2") >= 1
-    assert "exitcode  : 1" not in done.stderr
+def test_what_fails_in_the_first_process_ends_the_others_in_silence(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = []
+    monkeypatch.setattr(distributed, "told_by_first", lambda value: told.append(value) or False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="no such folder"), distributed.first_process_first():
+        raise UserError("no such folder")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end, distributed.first_process_first():
+        pytest.fail("reads what the first process could not")
+    assert told == [False, None] and end.value.code == 2 and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("environment, said", [({"RANK": "3"}, 1), ({"RANK": "3", "WORLD_SIZE": "4"}, 0)])

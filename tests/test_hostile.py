@@ -22,11 +22,13 @@ from torch import Tensor
 
 import model_compound_scaling.training
 import model_quantization.sweep
+import model_quantization.training
 from engine import UserError
 from engine.augment import Augmentation
 from engine.checkpoint import Checkpoint, network_content, read, read_network, save
 from engine.data import ImagesInMemory
 from engine.device import Machine
+from engine.evaluation import Evaluation
 from engine.runs import Run, resume_from
 from model import build
 from model_quantization.training import Point
@@ -67,11 +69,15 @@ def quantize(data, run: Run) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> dict[Callable, Run]:
+    """A finished run of each stage; the first epoch is the best one, so that no other file makes up for its network."""
     made = {}
-    for stage in (scale, quantize):
-        torch.manual_seed(0)
-        made[stage] = Run(tmp_path_factory.mktemp("runs"), stage.__name__, {"lr": 0.01, "seed": 0})
-        stage(data, made[stage])
+    with pytest.MonkeyPatch.context() as patch:
+        for program in (model_compound_scaling.training, model_quantization.training):
+            patch.setattr(program, "evaluate", lambda *_: Evaluation(loss=1.0, correct=2, images=4))
+        for stage in (scale, quantize):
+            torch.manual_seed(0)
+            made[stage] = Run(tmp_path_factory.mktemp("runs"), stage.__name__, {"lr": 0.01, "seed": 0})
+            stage(data, made[stage])
     return made
 
 
@@ -199,10 +205,12 @@ def test_made_up_networks(name, files, tmp_path):
     assert 0 < accepted < 40
 
 
-@pytest.mark.parametrize(("stage", "file"), [(scale, "last.pt"), (quantize, "last.pt"), (quantize, "best_retrain.pt")])
+@pytest.mark.parametrize(
+    ("stage", "file"), [(scale, "last.pt"), (quantize, "last.pt"), (quantize, "best_ternarize.pt")]
+)
 def test_made_up_states_of_runs(stage, file, data, runs, tmp_path):
     draw, first = random.Random(2), runs[stage]
-    best = next(first.folder.glob(file), first.folder / "best_ternarize.pt")
+    best = first.folder / file
     original, accepted = read(best), 0
     for i in range(60 if stage is scale else 30):
         run = Run(tmp_path / str(i), stage.__name__, first.arguments)

@@ -211,7 +211,11 @@ BAD_COMMANDS = [
     # more files
     (SCALING + "--data-path {0}/tiny.pt", "{0}/tiny.pt: no such folder for --dataset folder"),
     (SCALING + "--data-path ''", "no class folders for --dataset folder"),
-    (SCALING + "--dataset digits --image-size 4 --batch-size 1 --epochs 1 --grid 0.1 0.5", "larger --image-size"),
+    (SCALING + "--dataset digits", "--data-path {0}/pets: --dataset digits comes with scikit-learn"),
+    (
+        SCALING + "--dataset digits --data-path ../data --image-size 4 --batch-size 1 --epochs 1 --grid 0.1 0.5",
+        "larger --image-size",
+    ),
     (SCALING + "--epochs 1 --grid 1 1 --phi 1 --save-dir /proc/nowhere", "can't be written (No such file or "),
     (SCALING + "--resume {0}/pets", "{0}/pets: can't be read (Is a directory)"),
     (SCALING + "--resume {0}/notes.pt", "{0}/notes.pt: is not a PyTorch checkpoint"),
@@ -228,7 +232,7 @@ BAD_COMMANDS = [
     (SCORING + "--before {0}/notes.pt", "{0}/notes.pt: is not a PyTorch checkpoint"),
     (SCORING + "--json {0}/notes.pt/x.json", "{0}/notes.pt/x.json: can't be written (File exists)"),
     (SCORING + "--pack {0}/notes.pt/x.safetensors", "{0}/notes.pt/x.safetensors: can't be written (File exists)"),
-    (SCORING + "--unpack {0}/pets", "{0}/pets: can't be written (Is a directory)"),
+    (SCORING + "--unpack {0}/pets", "{0}/pets is a folder; pass the name of a file to write"),
     (SCORING + "--t-model {0}/notes.safetensors", "{0}/notes.safetensors: no packed network, or a damaged one"),
     (SCORING + "--t-model {0}/efficientnet.pt --image-size 8", "too small for this network"),
     (SCORING + "--eval --dataset folder --data-path {0}/nowhere", "{0}/nowhere: no such folder for --dataset folder"),
