@@ -46,7 +46,8 @@ def test_killed_anywhere_and_resumed_to_the_same_bytes():
     """Six kills; `python tests/kill.py --kills 200` is the long form."""
     done = program("tests/kill.py --kills 6 --seed 3", stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 kills" in done.stdout and "all 3 ended in the bytes of an uninterrupted run" in done.stdout
+    assert "6 kills" in done.stdout
+    assert re.search(r"all [1-9]\d* ended in the bytes of an uninterrupted run", done.stdout)  # starts depend on timing
 
 
 @pytest.mark.parametrize("late", ["log.jsonl", "result.json"])
