@@ -13,20 +13,13 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+torch.set_num_threads(1)  # tiny tensors: several threads wait longer for each other than one computes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; programs started here inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHANNELS = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "CMYK": (4,)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: on a busy machine, several threads wait longer for each other than one computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +29,14 @@ def own_signals() -> Iterator[None]:
     yield
     for number, handler in zip(SIGNALS, handlers):
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what must leave their number as it was."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 def random_image(size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -82,3 +83,16 @@ def packed(tmp_path_factory) -> bytes:
     report = write_packed(mixed(), path)
     assert {layer.kind for layer in report.layers} == set(Kind)
     return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def resnet(tmp_path_factory) -> Path:
+    """The checkpoint of a ResNet-20 for digits, untrained: enough wherever accuracy does not matter."""
+    from engine.checkpoint import network_content, save
+    from model import build
+
+    torch.manual_seed(0)
+    spec = {"name": "resnet20", "num_classes": 10}
+    path = tmp_path_factory.mktemp("fp") / "resnet.pt"
+    save(network_content(spec, build(spec), dataset="digits", image_size=8), path)
+    return path

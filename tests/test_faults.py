@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from stages import FILES, assert_same_runs, interrupt_after, runs, scale
 from test_checkpoint import small_disk
 from test_command_line import script
-from test_stages import FILES, assert_same_runs, interrupt_after, runs, scale
 from torchvision import datasets
 
 import engine.data

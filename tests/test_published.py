@@ -288,11 +288,10 @@ def test_scoring_parameters_of_a_group_are_truncated():
     assert tally.total_scoring_params == 2
 
 
-def test_counting_leaves_torch_and_the_network_as_they_were():
+def test_counting_leaves_torch_and_the_network_as_they_were(two_threads):
     network = small_micronet().train()
     before = copy.deepcopy(network.state_dict())
-    threads = torch.get_num_threads()
     count(network, "cifar_micronet", 8, Widths())
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
