@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.report import table  # noqa: E402
+from engine.program.report import table  # noqa: E402
 
 PUBLISHED = {"full precision": "81.46%", "EC2T": "80.13%", "zeros": "90.49%"}
 PUBLISHED_SCORES = {"published, additions 16 bit": 0.0182, "published": 0.0242, "improved": 0.0130}

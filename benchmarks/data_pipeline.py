@@ -20,9 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.plain import plain_loader  # noqa: E402
-from engine.augment import Augmentation  # noqa: E402
-from engine.data import ImagesInMemory  # noqa: E402
-from engine.report import table  # noqa: E402
+from engine.images.augment import Augmentation  # noqa: E402
+from engine.images.batches import ImagesInMemory  # noqa: E402
+from engine.program.report import table  # noqa: E402
 
 AUGMENTATIONS = {
     "flip, crop": Augmentation(True, 4),

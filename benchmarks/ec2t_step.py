@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.report import table  # noqa: E402
+from engine.program.report import table  # noqa: E402
 from model import build  # noqa: E402
-from model.layers import ternary_candidates  # noqa: E402
-from model_quantization.layers import TernaryLayers  # noqa: E402
+from model.selection import ternary_candidates  # noqa: E402
 from model_quantization.optimizer import EC2TOptimizer  # noqa: E402
+from model_quantization.quantized_layers import TernaryLayers  # noqa: E402
 
 S, G = 0.45, 0.15
 NETWORKS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from engine.augment import CIFAR
+from engine.images.augment import CIFAR
 
 WORKERS = 4
 

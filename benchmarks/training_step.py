@@ -33,10 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.plain import plain_loader, plain_step  # noqa: E402
-from engine.augment import Augmentation  # noqa: E402
-from engine.data import ImagesInMemory  # noqa: E402
 from engine.device import Machine, fastest_arithmetic  # noqa: E402
-from engine.report import table  # noqa: E402
+from engine.images.augment import Augmentation  # noqa: E402
+from engine.images.batches import ImagesInMemory  # noqa: E402
+from engine.program.report import table  # noqa: E402
 from engine.training import train_epoch  # noqa: E402
 from model import build  # noqa: E402
 

@@ -22,15 +22,15 @@ import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.checkpoint import Checkpoint, read_network  # noqa: E402
-from engine.data import Data, load_data  # noqa: E402
 from engine.device import Machine  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
-from engine.preprocessing import preprocessing_of  # noqa: E402
-from engine.report import say  # noqa: E402
+from engine.images.batches import Data, load_data  # noqa: E402
+from engine.images.preprocessing import preprocessing_of  # noqa: E402
+from engine.program.report import say  # noqa: E402
+from engine.store.checkpoint import Checkpoint, read_network  # noqa: E402
 from model.efficientnet import native_image_size  # noqa: E402
-from model.layers import pruning_candidates, ternary_candidates  # noqa: E402
-from model_quantization.layers import TernaryLayers  # noqa: E402
+from model.selection import pruning_candidates, ternary_candidates  # noqa: E402
+from model_quantization.quantized_layers import TernaryLayers  # noqa: E402
 
 PRUNING_S, PRUNING_G = (0.1, 0.2, 0.3, 0.4, 0.5), 0.15
 TERNARY_S, TERNARY_G = 0.25, (0.0, 0.15)

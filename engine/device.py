@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import UserError, distributed, processes
-from engine.report import say
+from engine import distributed
+from engine.program import processes
+from engine.program.errors import UserError
+from engine.program.report import say
 
 BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of CPUs that multiply bfloat16 in hardware
 LOSS_SCALE = 2.0**12  # of float16's gradients at the start of an epoch

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine import EXIT_WRONG_INPUT, UserError
-from engine.processes import is_first, rank, world_size
+from engine.program.errors import EXIT_WRONG_INPUT, UserError
+from engine.program.processes import is_first, rank, world_size
 
 PATIENCE = datetime.timedelta(hours=2)  # one process scores and plots while the others wait
 

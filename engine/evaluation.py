@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
-from engine.data import Data
 from engine.device import Machine
-from engine.report import progress
+from engine.images.batches import Data
+from engine.program.report import progress
 
 
 class Diverged(Exception):

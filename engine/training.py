@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine import distributed, processes
-from engine.data import Data
+from engine import distributed
 from engine.device import Machine
 from engine.evaluation import Diverged
-from engine.report import progress
+from engine.images.batches import Data
+from engine.program import processes
+from engine.program.report import progress
 
 STEPS_BETWEEN_LOOKS = 50  # steps between two looks at the loss: each look waits for the device
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from engine.arguments import (
+from engine.program.arguments import (
     add_data_arguments,
     add_machine_arguments,
     add_run_arguments,
@@ -11,7 +11,7 @@ from engine.arguments import (
     positive_float,
     positive_int,
 )
-from engine.launch import Parser
+from engine.program.launch import Parser
 
 DESCRIPTION = """\
 Grid search over compound scaling: train MicroNet(d^phi, w^phi) for every pair of depth and width multipliers.

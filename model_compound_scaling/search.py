@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import UserError
-from engine.checkpoint import copy, scaled
-from engine.data import Data, ImagesOnDisk, load_data
 from engine.device import Machine, choose_machine
-from engine.memory import peak_memory, say_peak_memory
-from engine.processes import is_first
-from engine.report import say, table, with_unit
-from engine.runs import Run, resume_from
+from engine.images.batches import Data, ImagesOnDisk, load_data
+from engine.program.errors import UserError
+from engine.program.memory import peak_memory, say_peak_memory
+from engine.program.processes import is_first
+from engine.program.report import say, table, with_unit
+from engine.store.checkpoint import copy, scaled
+from engine.store.run_folder import Run, resume_from
 from engine.training import derived_seed
 from model import build
 from model.micronet import MicroNet

@@ -5,13 +5,13 @@ from argparse import Namespace
 import torch
 from torch import nn
 
-from engine.checkpoint import expecting, network_content, save
-from engine.data import Data
 from engine.device import Machine
 from engine.evaluation import Diverged, evaluate
-from engine.report import say
-from engine.restore import restore_network, restore_optimizer
-from engine.runs import Run, merit
+from engine.images.batches import Data
+from engine.program.report import say
+from engine.store.checkpoint import expecting, network_content, save
+from engine.store.restore import restore_network, restore_optimizer
+from engine.store.run_folder import Run, merit
 from engine.training import cosine, derived_seed, train_epoch
 
 IMAGENET_STEPS = (30, 60, 90)  # epochs

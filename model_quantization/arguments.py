@@ -3,10 +3,9 @@
 import argparse
 import re
 
-from engine.arguments import (
+from engine.program.arguments import (
     add_data_arguments,
     add_machine_arguments,
-    add_model_arguments,
     add_run_arguments,
     fraction,
     nonnegative_float,
@@ -17,7 +16,8 @@ from engine.arguments import (
     positive_share,
     switch,
 )
-from engine.launch import Parser
+from engine.program.launch import Parser
+from engine.program.network_flags import add_model_arguments
 
 FP_MODELS = "model_quantization/trained_fp_models"
 DESCRIPTION = """\

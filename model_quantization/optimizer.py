@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from engine.restore import restore_optimizer
-from model_quantization.layers import TernaryLayers
+from engine.store.restore import restore_optimizer
+from model_quantization.quantized_layers import TernaryLayers
 
 
 class EC2TOptimizer:

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from engine.files import write_whole
-from engine.runs import Run
+from engine.store.files import write_whole
+from engine.store.run_folder import Run
 from model_quantization import ec2t
 
 POSITIVE, ZERO, NEGATIVE = "#c2553f", "#d9d9d9", "#3f6fa8"

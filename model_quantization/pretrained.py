@@ -10,9 +10,9 @@ from pathlib import Path
 
 from efficientnet_pytorch.utils import url_map
 
-from engine import UserError
-from engine.checkpoint import read_network
-from engine.report import say
+from engine.program.errors import UserError
+from engine.program.report import say
+from engine.store.checkpoint import read_network
 from model import EFFICIENTNETS, LITES
 from model_quantization.arguments import FP_MODELS
 

@@ -5,19 +5,19 @@ from pathlib import Path
 
 from torch import nn
 
-from engine import UserError
-from engine.checkpoint import Checkpoint, expecting, network_content, read, save
-from engine.data import Data
 from engine.device import Machine
 from engine.distributed import wait_for_all
 from engine.evaluation import Diverged, evaluate
-from engine.report import say
-from engine.restore import restore_network
-from engine.runs import Run, merit
+from engine.images.batches import Data
+from engine.program.errors import UserError
+from engine.program.report import say
+from engine.store.checkpoint import Checkpoint, expecting, network_content, read, save
+from engine.store.restore import restore_network
+from engine.store.run_folder import Run, merit
 from engine.training import cosine, derived_seed, train_epoch
-from model.layers import is_ternary, pruning_candidates, ternary_candidates
-from model_quantization.layers import TernaryLayers
+from model.selection import is_ternary, pruning_candidates, ternary_candidates
 from model_quantization.optimizer import EC2TOptimizer
+from model_quantization.quantized_layers import TernaryLayers
 
 TERNARIZE, PRUNE, RETRAIN = "ternarize", "prune", "retrain"  # phases
 RECORD = {  # of an epoch

@@ -1,14 +1,14 @@
 """The command line of `run_scoring.py`."""
 
-from engine.arguments import (
+from engine.program.arguments import (
     add_data_arguments,
     add_machine_arguments,
-    add_model_arguments,
     positive_int,
     positive_share,
     switch,
 )
-from engine.launch import Parser
+from engine.program.launch import Parser
+from engine.program.network_flags import add_model_arguments
 from model_scoring import RULERS
 
 T_MODELS = "model_scoring/trained_t_models"

@@ -38,12 +38,12 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from engine import UserError
-from engine.checkpoint import TOLD, Checkpoint
-from engine.files import write_whole
+from engine.program.errors import UserError
+from engine.store.checkpoint import TOLD, Checkpoint
+from engine.store.files import write_whole
 from model import MICRONETS
 from model.identify import expected_state_dict, mismatches
-from model.layers import is_ternary
+from model.selection import is_ternary
 from model_scoring import coding
 
 ENTRY = "ec2t-packed"  # of the metadata
@@ -133,7 +133,7 @@ def is_packed(path: Path) -> bool:
 
 
 def write_packed(checkpoint: Checkpoint, path: Path) -> PackReport:
-    """Pack `checkpoint` into the file `path`, written as safely as `engine.checkpoint.save` writes."""
+    """Pack `checkpoint` into the file `path`, written as safely as `engine.store.checkpoint.save` writes."""
     path, source = Path(path), checkpoint.path
     network = _network(checkpoint.spec, source)
     if differences := mismatches(network, checkpoint.state_dict):

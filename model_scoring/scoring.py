@@ -11,8 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import UserError
-from engine.checkpoint import (
+from engine.device import choose_machine
+from engine.evaluation import Evaluation, evaluate, rounded_to_16_bit
+from engine.images.batches import load_data
+from engine.images.preprocessing import preprocessing_of
+from engine.program.errors import UserError
+from engine.program.memory import peak_memory, say_peak_memory
+from engine.program.report import say, table, with_unit
+from engine.store.checkpoint import (
     Checkpoint,
     check_wanted,
     describe,
@@ -23,22 +29,16 @@ from engine.checkpoint import (
     save,
     wanted_spec,
 )
-from engine.data import load_data
-from engine.device import choose_machine
-from engine.evaluation import Evaluation, evaluate, rounded_to_16_bit
-from engine.memory import peak_memory, say_peak_memory
-from engine.preprocessing import preprocessing_of
-from engine.report import say, table, with_unit
-from engine.rulers import challenge, improved, published
-from engine.rulers.tally import Tally, Task, Widths, task_of
-from engine.runs import write_text
+from engine.store.run_folder import write_text
 from model import EFFICIENTNETS, LITES
 from model.efficientnet import native_image_size
 from model.identify import mismatches
-from model.layers import is_ternary
+from model.selection import is_ternary
 from model_scoring.arguments import SAVED_LAYERS, T_MODELS
-from model_scoring.layers import save_layer
+from model_scoring.masks import save_layer
 from model_scoring.packing import is_packed, read_packed, write_packed
+from rulers import challenge, improved, published
+from rulers.tally import Tally, Task, Widths, task_of
 
 
 def run(args: Namespace) -> int:

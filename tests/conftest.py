@@ -88,7 +88,7 @@ def packed(tmp_path_factory) -> bytes:
 @pytest.fixture(scope="session")
 def resnet(tmp_path_factory) -> Path:
     """The checkpoint of a ResNet-20 for digits, untrained: enough wherever accuracy does not matter."""
-    from engine.checkpoint import network_content, save
+    from engine.store.checkpoint import network_content, save
     from model import build
 
     torch.manual_seed(0)

@@ -176,8 +176,8 @@ def become(program: str, work: str, number: int, access: int) -> None:
 
 def flaws(work: Path, child: Child, plan: dict, code: int) -> list[str]:
     """What is wrong after a kill: an exit code or a message that is not the signal's, a network that can't be read."""
-    from engine import UserError
-    from engine.checkpoint import read
+    from engine.program.errors import UserError
+    from engine.store.checkpoint import read
 
     said = child.log.read_text()
     number = plan.get("signal", 0)
@@ -224,11 +224,11 @@ def prepare(folder: Path) -> None:
     import torch
 
     import model_compound_scaling.search  # noqa: F401
-    import model_quantization.sweep  # noqa: F401
+    import model_quantization.grid  # noqa: F401
     import model_scoring.scoring  # noqa: F401
-    from engine import DATA_PATH
-    from engine.checkpoint import network_content, save
-    from engine.data import load_data
+    from engine.images.batches import load_data
+    from engine.images.datasets import DATA_PATH
+    from engine.store.checkpoint import network_content, save
     from model import build
 
     torch.set_num_threads(1)

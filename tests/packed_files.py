@@ -12,7 +12,7 @@ import torch
 from reference.make_checkpoint import make_state_dict
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint
+from engine.store.checkpoint import Checkpoint
 from model import EFFICIENTNETS, build
 from model_scoring import packing
 from model_scoring.packing import PackReport, read_packed, write_packed

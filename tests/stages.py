@@ -6,7 +6,7 @@ from pathlib import Path
 
 import engine.training
 import model_compound_scaling.search
-import model_quantization.sweep
+import model_quantization.grid
 import model_scoring.scoring
 from model_compound_scaling.arguments import parser as scaling_parser
 from model_quantization.arguments import parser as quantization_parser
@@ -23,7 +23,7 @@ def scale(save_dir: Path, *arguments: str) -> int:
 
 def quantize(checkpoint: Path, save_dir: Path, *arguments: str) -> int:
     command = ["--model-dict", str(checkpoint), *DIGITS, "--save-dir", str(save_dir), *arguments]
-    return model_quantization.sweep.run(quantization_parser().parse_args(command))
+    return model_quantization.grid.run(quantization_parser().parse_args(command))
 
 
 def score(checkpoint: Path, *arguments: str) -> int:

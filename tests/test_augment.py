@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as TF
 
-from engine import augment
-from engine.augment import CIFAR, HUE, Augmentation, Statistics
+from engine.images import augment
+from engine.images.augment import CIFAR, HUE, Augmentation, Statistics
 
 JITTER = (0.3, 0.3, 0.3, 0.075)
 POLICY = Augmentation(flip=True, padding=4, jitter=JITTER, cutout=8)

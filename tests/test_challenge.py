@@ -9,9 +9,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from engine.rulers.challenge import count
-from engine.rulers.tally import Line, Tally, Uncounted, Widths
 from model import build
+from rulers.challenge import count
+from rulers.tally import Line, Tally, Uncounted, Widths
 
 FULL = Widths(32, 32, 32)
 

@@ -9,11 +9,11 @@ import torchvision
 from reference.make_checkpoint import make_state_dict
 from torch import Tensor, nn
 
-from engine.rulers import published
-from engine.rulers.challenge import count
-from engine.rulers.graph import trace
-from engine.rulers.tally import TASKS, Tally, Widths
 from model import EFFICIENTNETS, build
+from rulers import published
+from rulers.challenge import count
+from rulers.graph import trace
+from rulers.tally import TASKS, Tally, Widths
 
 FULL = Widths(32, 32, 32)
 

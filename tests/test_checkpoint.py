@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine import UserError
-from engine.checkpoint import find, network_content, read, read_network, save, scaled, wanted_spec
-from engine.files import write_whole
+from engine.program.errors import UserError
+from engine.store.checkpoint import find, network_content, read, read_network, save, scaled, wanted_spec
+from engine.store.files import write_whole
 from model import build
 
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 10}  # 1-1-1 blocks of 8-16-32

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from engine import arguments
-from engine.checkpoint import network_content, save
-from engine.launch import EXIT_NOBODY_READS, Parser, launch
+from engine.program import arguments
+from engine.program.launch import EXIT_NOBODY_READS, Parser, launch
+from engine.store.checkpoint import network_content, save
 from model import build
 from model_compound_scaling.arguments import parser as scaling_parser
 from model_quantization.arguments import parser as quantization_parser
@@ -23,7 +23,7 @@ from model_scoring.arguments import parser as scoring_parser
 
 PROGRAMS = {
     "run_compound_scaling.py": (scaling_parser, "model_compound_scaling.search"),
-    "run_quantization.py": (quantization_parser, "model_quantization.sweep"),
+    "run_quantization.py": (quantization_parser, "model_quantization.grid"),
     "run_scoring.py": (scoring_parser, "model_scoring.scoring"),
 }
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 2}  # 1-1-1 blocks of 8-16-32
@@ -151,10 +151,10 @@ def test_without_a_gpu_the_cpu_is_taken_and_named(make_folders, tmp_path, monkey
 
 def script(body: str, folder: Path, resumable: bool = False) -> str:
     """The path of a program whose `run(args)` has this body."""
-    (folder / "program.py").write_text(f"from engine import UserError\n\ndef run(args):\n    {body}\n")
+    (folder / "program.py").write_text(f"from engine.program.errors import UserError\n\ndef run(args):\n    {body}\n")
     (folder / "x.py").write_text(
         f"import sys; sys.path.append({str(ROOT)!r})\n"
-        f"from engine.arguments import add_run_arguments\nfrom engine.launch import Parser, launch\n"
+        f"from engine.program.arguments import add_run_arguments\nfrom engine.program.launch import Parser, launch\n"
         f"parser = Parser(prog='x')\n"
         f"{resumable} and add_run_arguments(parser, 'runs')\n"
         f"launch(parser, 'program')\n"

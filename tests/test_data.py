@@ -12,10 +12,11 @@ from conftest import random_image
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from engine import DATA_PATH, DATASETS, UserError
-from engine.augment import normalise
-from engine.data import Data, ImagesInMemory, ImagesOnDisk, load_data
-from engine.preprocessing import preprocessing_of
+from engine.images.augment import normalise
+from engine.images.batches import Data, ImagesInMemory, ImagesOnDisk, load_data
+from engine.images.datasets import DATA_PATH, DATASETS
+from engine.images.preprocessing import preprocessing_of
+from engine.program.errors import UserError
 
 CPU = torch.device("cpu")
 FOLDER_NAMES = [name for name in DATASETS if name not in ("digits", "ImageNet")]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine import UserError, device
+from engine import device
+from engine.program.errors import UserError
 
 
 @pytest.fixture

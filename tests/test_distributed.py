@@ -10,9 +10,11 @@ import torch
 import two_processes
 from conftest import ROOT
 
-from engine import DATA_PATH, UserError, distributed
-from engine.checkpoint import network_content, read, save
-from engine.data import load_data
+from engine import distributed
+from engine.images.batches import load_data
+from engine.images.datasets import DATA_PATH
+from engine.program.errors import UserError
+from engine.store.checkpoint import network_content, read, save
 from model import build
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

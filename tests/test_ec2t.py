@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model_quantization import ec2t
-from model_quantization.layers import TernaryLayers
 from model_quantization.optimizer import EC2TOptimizer
+from model_quantization.quantized_layers import TernaryLayers
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "assignments.npz")
 CASES = sorted({int(name.split("_")[0]) for name in REFERENCE.files})

@@ -15,14 +15,14 @@ from test_checkpoint import small_disk
 from test_command_line import script
 from torchvision import datasets
 
-import engine.data
-import engine.launch
+import engine.images.batches
+import engine.program.launch
 import model_compound_scaling.training
-from engine import UserError
-from engine.checkpoint import read
 from engine.evaluation import Evaluation
-from engine.files import UNFINISHED, hold, write_whole
-from engine.launch import Parser, launch
+from engine.program.errors import UserError
+from engine.program.launch import Parser, launch
+from engine.store.checkpoint import read
+from engine.store.files import UNFINISHED, hold, write_whole
 
 POINT = ["--grid", "0.14", "0.5", "--epochs", "3", "--lr", "0.05"]
 
@@ -54,7 +54,7 @@ def test_killed_anywhere_and_resumed_to_the_same_bytes():
 def test_killed_between_two_files_of_the_last_epoch(late, tmp_path, monkeypatch):
     """The log or the result lacks behind `last.pt`: the next start makes up for it."""
     scale(tmp_path / "whole", *POINT)
-    original = engine.runs.write_text
+    original = engine.store.run_folder.write_text
 
     def write_text(path: Path, text: str) -> None:
         if path.name == late and text.count("\n") >= 3:
@@ -62,7 +62,7 @@ def test_killed_between_two_files_of_the_last_epoch(late, tmp_path, monkeypatch)
         original(path, text)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine.runs, "write_text", write_text)
+        patch.setattr(engine.store.run_folder, "write_text", write_text)
         scale(tmp_path / "parts", *POINT)
     scale(tmp_path / "parts", *POINT)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts", (*FILES, "best.pt"))
@@ -86,7 +86,7 @@ def test_resuming_in_another_folder_takes_the_best_network_along(tmp_path, monke
 def test_starting_afresh_leaves_no_network_of_the_run_before(tmp_path):
     scale(tmp_path, *POINT)
     (run,) = runs(tmp_path)
-    run = engine.runs.Run(tmp_path, run.name.rpartition("-")[0], read(run / "last.pt")["arguments"])
+    run = engine.store.run_folder.Run(tmp_path, run.name.rpartition("-")[0], read(run / "last.pt")["arguments"])
     run.open(resume=False)
     assert sorted(path.name for path in run.folder.iterdir()) == ["arguments.json", "lock"]
 
@@ -98,7 +98,7 @@ def test_starting_afresh_leaves_no_network_of_the_run_before(tmp_path):
 def holder(tmp_path):
     """Another process, which holds the lock `tmp_path / "lock"` and writes a temporary file."""
     body = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from engine import files\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from engine.store import files\n"
         f"folder = Path({str(tmp_path)!r}); lock = files.hold(folder / 'lock')\n"
         f"file = files._open_locked(folder / '{files_name()}'); print('ready', flush=True); input()"
     )
@@ -123,7 +123,7 @@ def test_a_run_belongs_to_one_process_until_that_dies(holder, tmp_path):
 def test_a_second_process_at_the_same_point_is_refused(tmp_path):
     scale(tmp_path, *POINT)
     (run,) = runs(tmp_path)
-    body = f"from pathlib import Path; from engine.files import hold; f = hold(Path({str(run / 'lock')!r})); input()"
+    body = f"from pathlib import Path; from engine.store.files import hold; f = hold(Path({str(run / 'lock')!r})); input()"
     (run / "result.json").unlink()
     (run / "lock").write_text("")
     with subprocess.Popen([sys.executable, "-c", body], cwd=ROOT, stdin=subprocess.PIPE) as other:
@@ -184,13 +184,13 @@ def test_a_folder_that_may_not_be_written(tmp_path):
 def test_photographs_that_vanish_while_training(make_folders, tmp_path, monkeypatch, capsys):
     path = make_folders(number=2, size=(80, 70), suffix="jpg")
     gone = path / "train" / "dog" / "1.jpg"
-    original = engine.runs.Run.save_epoch
+    original = engine.store.run_folder.Run.save_epoch
 
     def save_epoch(run, *arguments) -> None:
         original(run, *arguments)
         gone.unlink(missing_ok=True)
 
-    monkeypatch.setattr(engine.runs.Run, "save_epoch", save_epoch)
+    monkeypatch.setattr(engine.store.run_folder.Run, "save_epoch", save_epoch)
     with pytest.raises(UserError, match=f"^{gone}: is gone; put it back"):
         scale(tmp_path, *POINT, "--dataset", "folder", "--data-path", str(path), "--batch-size", "4", "--workers", "1")
     (run,) = (folder for folder in runs(tmp_path) if folder != path)
@@ -205,7 +205,7 @@ def test_a_failed_download_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "MNIST", download)
     for path in (tmp_path / "data", tmp_path):
         with pytest.raises(UserError, match="MNIST can't be read there, nor downloaded"):
-            engine.data.load_data("MNIST", path, torch.device("cpu"))
+            engine.images.batches.load_data("MNIST", path, torch.device("cpu"))
         assert not list(tmp_path.iterdir())
 
 
@@ -233,7 +233,7 @@ def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     def run(args):
         raise error
 
-    monkeypatch.setattr(engine.launch.importlib, "import_module", lambda name: type("Program", (), {"run": run}))
+    monkeypatch.setattr(engine.program.launch.importlib, "import_module", lambda name: type("Program", (), {"run": run}))
     monkeypatch.setattr(sys, "argv", ["x", "--batch-size", "9"])
     parser = Parser(prog="x")
     parser.add_argument("--batch-size")

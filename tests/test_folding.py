@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from test_challenge import batch_norm, counted, lines, total
 from torch import Tensor, nn
 
-from engine.rulers.challenge import count
-from engine.rulers.tally import Widths
 from model import build
-from model.layers import ternary_candidates
+from model.selection import ternary_candidates
+from rulers.challenge import count
+from rulers.tally import Widths
 
 WIDTHS = Widths(16, 16, 32)
 ONE_BIT = Widths(1, 1, 1)  # all weights are stored dense then

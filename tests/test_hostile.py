@@ -21,15 +21,15 @@ from conftest import ROOT
 from torch import Tensor
 
 import model_compound_scaling.training
-import model_quantization.sweep
+import model_quantization.grid
 import model_quantization.training
-from engine import UserError
-from engine.augment import Augmentation
-from engine.checkpoint import Checkpoint, network_content, read, read_network, save
-from engine.data import ImagesInMemory
 from engine.device import Machine
 from engine.evaluation import Evaluation
-from engine.runs import Run, resume_from
+from engine.images.augment import Augmentation
+from engine.images.batches import ImagesInMemory
+from engine.program.errors import UserError
+from engine.store.checkpoint import Checkpoint, network_content, read, read_network, save
+from engine.store.run_folder import Run, resume_from
 from model import build
 from model_quantization.training import Point
 
@@ -63,7 +63,7 @@ def quantize(data, run: Run) -> torch.nn.Module:
     run.open(resume=True)
     point = Point(checkpoint, 0.3, 0.1, data, CPU, ARGUMENTS, run)
     best = point.train()
-    model_quantization.sweep.read_best(run, best["phase"])
+    model_quantization.grid.read_best(run, best["phase"])
     return point.network
 
 
@@ -325,8 +325,8 @@ def test_memory_stays_bounded(tmp_path):
     program = """
 import resource, sys
 from pathlib import Path
-from engine import UserError
-from engine.checkpoint import read
+from engine.program.errors import UserError
+from engine.store.checkpoint import read
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in Path(sys.argv[1]).glob("*.pt"):
     assert path.stat().st_size < 2e6

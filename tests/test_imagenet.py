@@ -17,19 +17,20 @@ import pytest
 import torch
 
 import model_compound_scaling.search
-import model_quantization.sweep
+import model_quantization.grid
 import model_scoring.scoring
-from engine import UserError, memory
-from engine.checkpoint import Checkpoint, network_content, read, read_network, save
-from engine.data import load_data
-from engine.memory import MIB, peak_memory
-from engine.rulers.tally import task_of
+from engine.images.batches import load_data
+from engine.program import memory
+from engine.program.errors import UserError
+from engine.program.memory import MIB, peak_memory
+from engine.store.checkpoint import Checkpoint, network_content, read, read_network, save
 from model import build
-from model.layers import is_ternary, pruning_candidates, ternary_candidates
+from model.selection import is_ternary, pruning_candidates, ternary_candidates
 from model_compound_scaling.arguments import parser as scaling_parser
 from model_quantization import pretrained
 from model_quantization.arguments import parser as quantization_parser
 from model_scoring.arguments import parser as scoring_parser
+from rulers.tally import task_of
 
 PHOTO = (72, 66)  # width and height in pixels: above those of small images
 LITE = {"name": "efficientnet-lite1", "num_classes": 3}
@@ -45,7 +46,7 @@ def quantize(checkpoint: Path, path: Path, save_dir: Path, *arguments: str) -> P
     """Run stage 2 on one pair and return the best network's file."""
     command = ["--model-dict", str(checkpoint), "--data-path", str(path), "--save-dir", str(save_dir), "--no-cuda"]
     command += ["--workers", "0", "--batch-size", "4", "--ini-c-divrs", "0.2", "--lambda-max-divrs", "0.15", *arguments]
-    assert model_quantization.sweep.run(quantization_parser().parse_args(command)) == 0
+    assert model_quantization.grid.run(quantization_parser().parse_args(command)) == 0
     return save_dir / "Ternary_best_acc.pt"
 
 
@@ -170,7 +171,7 @@ def test_layers_of_lite():
 def test_lite_is_ternarized_pruned_packed_and_scored(make_folders, tmp_path, monkeypatch, capsys):
     path = make_folders(classes=("ant", "bee", "cat"), size=PHOTO, suffix="jpg")
     save(network_content(LITE, build(LITE)), tmp_path / "lite.pt")
-    monkeypatch.setattr(model_quantization.sweep, "native_image_size", lambda model: 32)
+    monkeypatch.setattr(model_quantization.grid, "native_image_size", lambda model: 32)
     photographs = "--dataset ImageNet --image-size 24 --epochs 1 --retrain-epochs 0".split()
     ternary = quantize(tmp_path / "lite.pt", path, tmp_path / "a", *photographs)
     pruned = quantize(ternary, path, tmp_path / "b", *photographs, "--do-prune")
@@ -310,11 +311,11 @@ def test_lites_weights_come_with_a_package(tmp_path, monkeypatch):
 def test_published_weights_stand_in_for_a_checkpoint(make_folders, tmp_path, monkeypatch, capsys):
     path = make_folders(classes=("ant", "bee"), splits=("val",), size=PHOTO)
     torch.save(build(LITE).state_dict(), tmp_path / "lite1.pth")  # bare tensors, as published
-    monkeypatch.setattr(model_quantization.sweep, "published_weights", lambda model: tmp_path / f"{model[-5:]}.pth")
+    monkeypatch.setattr(model_quantization.grid, "published_weights", lambda model: tmp_path / f"{model[-5:]}.pth")
     command = f"--pretrained --model {LITE['name']} --dataset ImageNet --data-path {path} --save-dir {tmp_path}/out"
     command += " --epochs 0 --retrain-epochs 0 --workers 0 --no-cuda --ini-c-divrs 0.2 --lambda-max-divrs 0.1"
-    monkeypatch.setattr(model_quantization.sweep, "native_image_size", lambda model: 32)
-    assert model_quantization.sweep.run(quantization_parser().parse_args([*command.split(), "--image-size", "32"])) == 0
+    monkeypatch.setattr(model_quantization.grid, "native_image_size", lambda model: 32)
+    assert model_quantization.grid.run(quantization_parser().parse_args([*command.split(), "--image-size", "32"])) == 0
     assert f"NEW CLASSIFIER: {tmp_path}/lite1.pth tells 3 classes apart" in capsys.readouterr().out
     assert read(tmp_path / "out" / "Ternary_best_acc.pt")["model"] == {**LITE, "num_classes": 2}
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from test_challenge import lines, total
 from torch import Tensor, nn
 
-from engine.rulers import challenge, improved
-from engine.rulers.storage import Matrix, challenge_formats, improved_formats, smallest
-from engine.rulers.tally import Widths
 from model import build
-from model.layers import ternary_candidates
+from model.selection import ternary_candidates
+from rulers import challenge, improved
+from rulers.storage import Matrix, challenge_formats, improved_formats, smallest
+from rulers.tally import Widths
 
 WIDTHS = Widths(16, 16, 32)
 

@@ -10,8 +10,8 @@ from torch import nn
 import model.identify
 from model import EFFICIENTNETS, LITES, MODELS, build
 from model.identify import expected_state_dict, mismatches, nearest
-from model.layers import is_ternary, pruning_candidates, ternary_candidates
 from model.micronet import LAYOUTS, scale_depth, scale_width
+from model.selection import is_ternary, pruning_candidates, ternary_candidates
 
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 10}  # 1-1-1 blocks of 8-16-32
 CIFAR = {"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100}

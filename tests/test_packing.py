@@ -28,8 +28,9 @@ from packed_files import (
 )
 from torch import Tensor
 
-from engine import UserError, checkpoint
-from engine.checkpoint import Checkpoint, network_content, read_network
+from engine.program.errors import UserError
+from engine.store import checkpoint
+from engine.store.checkpoint import Checkpoint, network_content, read_network
 from model import EFFICIENTNETS, build
 from model_scoring.packing import ENTRY, Kind, is_packed, read_packed, stored_values, write_packed
 

@@ -23,7 +23,7 @@ from packed_files import (
     mixed,
 )
 
-from engine import UserError
+from engine.program.errors import UserError
 from model import build
 from model_scoring import coding, packing
 from model_scoring.packing import ENTRY, read_packed, stored_values

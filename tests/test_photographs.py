@@ -13,8 +13,8 @@ from conftest import random_image
 from PIL import Image
 from test_data import CLASSES, PHOTO, drawn, equal, load, pixels, refusal
 
-from engine.data import ImagesInMemory, ImagesOnDisk
-from engine.preprocessing import preprocessing_of
+from engine.images.batches import ImagesInMemory, ImagesOnDisk
+from engine.images.preprocessing import preprocessing_of
 
 # ------------------------------------------------------------------------------------- Tiny-ImageNet's layout
 

@@ -11,12 +11,12 @@ import torch
 from reference.make_checkpoint import make_state_dict
 from torch import nn
 
-from engine.rulers import published
-from engine.rulers.published import count, prune_depthwise
-from engine.rulers.tally import TASKS, Group, Line, Tally, Widths
 from model import EFFICIENTNETS, build
-from model.layers import ternary_candidates
 from model.micronet import Layout, MicroNet
+from model.selection import ternary_candidates
+from rulers import published
+from rulers.published import count, prune_depthwise
+from rulers.tally import TASKS, Group, Line, Tally, Widths
 
 CASES = json.loads((Path(__file__).parent / "reference" / "scores.json").read_text())
 SPECS = {

@@ -9,8 +9,8 @@ import torch
 from stages import FILES, assert_same_runs, interrupt_after, quantize, rates, runs
 
 import engine
-import model_quantization.sweep
-from engine.checkpoint import network_content, read, save
+import model_quantization.grid
+from engine.store.checkpoint import network_content, read, save
 from model import build
 
 
@@ -103,9 +103,9 @@ def test_resume_refuses_states_of_other_runs(resnet, tmp_path, monkeypatch):
         interrupt_after(patch, 1)
         quantize(resnet, tmp_path / "first", *arguments)
     (last,) = (run / "last.pt" for run in runs(tmp_path / "first"))
-    with pytest.raises(engine.UserError, match="lr was 0.0001 and is 0.5"):
+    with pytest.raises(engine.program.errors.UserError, match="lr was 0.0001 and is 0.5"):
         quantize(resnet, tmp_path / "second", *arguments, "--lr", "0.5", "--resume", str(last))
-    with pytest.raises(engine.UserError, match="no run's state"):
+    with pytest.raises(engine.program.errors.UserError, match="no run's state"):
         quantize(resnet, tmp_path / "second", *arguments, "--resume", str(resnet))
 
 
@@ -168,13 +168,13 @@ def test_pruning_leaves_ternary_layers_bit_identical(tmp_path):
 
 def test_pruning_a_network_without_dense_layers_is_refused(resnet, tmp_path):
     quantize(resnet, tmp_path, *"--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
-    with pytest.raises(engine.UserError, match="all layers that --do-prune prunes are ternary"):
+    with pytest.raises(engine.program.errors.UserError, match="all layers that --do-prune prunes are ternary"):
         quantize(tmp_path / "Ternary_best_acc.pt", tmp_path, "--do-prune", "--ini-c-divrs", "0.3")
 
 
 def test_where_every_pair_diverges_that_is_an_error(resnet, tmp_path, capsys):
     arguments = "--ini-c-divrs 0.3 0.5 --lambda-max-divrs 0.1 --epochs 1 --retrain-epochs 0 --lr 1e35 --lr2 1e30"
-    with pytest.raises(engine.UserError, match="every pair diverged, see above; try a smaller --lr than 1e"):
+    with pytest.raises(engine.program.errors.UserError, match="every pair diverged, see above; try a smaller --lr than 1e"):
         quantize(resnet, tmp_path, *arguments.split())
     said = capsys.readouterr().out
     assert said.count("best, diverged") == 1 and said.count("diverged\n") == 2
@@ -182,7 +182,7 @@ def test_where_every_pair_diverges_that_is_an_error(resnet, tmp_path, capsys):
 
 @pytest.mark.parametrize(("accuracies", "losses", "best"), [((5, 6, 6), (1, 3, 2), 2), ((6, 6, 5), (1, 1, 0), 0)])
 def test_among_equally_accurate_epochs_the_smallest_loss_is_best(accuracies, losses, best, tmp_path):
-    run = engine.runs.Run(tmp_path, "x", {})
+    run = engine.store.run_folder.Run(tmp_path, "x", {})
     run.history = [{"accuracy": a, "val_loss": loss} for a, loss in zip(accuracies, losses)]
     assert run.best is run.history[best]
 
@@ -206,7 +206,7 @@ def test_the_threshold_is_the_users_or_the_challenges_and_is_said(resnet, tmp_pa
 )
 def test_selection(rows, by, best):
     results = [{"accuracy": accuracy, "accuracy_16_bit": accuracy, "score": points} for accuracy, points in rows]
-    assert model_quantization.sweep.select(results, by, 80.0) == best
+    assert model_quantization.grid.select(results, by, 80.0) == best
 
 
 def test_the_threshold_must_hold_with_the_parameters_that_the_score_counts():
@@ -214,4 +214,4 @@ def test_the_threshold_must_hold_with_the_parameters_that_the_score_counts():
         {"accuracy": 80.2, "accuracy_16_bit": 80.1, "score": 3},
         {"accuracy": 80.0, "accuracy_16_bit": 79.9, "score": 2},
     ]
-    assert model_quantization.sweep.select(results, "score", 80.0) == 0
+    assert model_quantization.grid.select(results, "score", 80.0) == 0

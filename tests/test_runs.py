@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from engine import UserError
-from engine.runs import Run, resume_from
+from engine.program.errors import UserError
+from engine.store.run_folder import Run, resume_from
 from engine.training import derived_seed
 
 

@@ -6,7 +6,7 @@ import pytest
 from stages import FILES, assert_same_runs, interrupt_after, rates, runs, scale
 
 import engine
-from engine.checkpoint import read
+from engine.store.checkpoint import read
 from model_compound_scaling.training import learning_rate_factor
 
 
@@ -77,7 +77,7 @@ def test_time_is_counted_over_all_processes_of_a_run(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_becomes_nan_stops_the_point_and_keeps_the_last_good_network(tmp_path, capsys):
-    with pytest.raises(engine.UserError, match="smaller --lr"):
+    with pytest.raises(engine.program.errors.UserError, match="smaller --lr"):
         scale(tmp_path, "--grid", "0.14", "0.5", "--epochs", "2", "--lr", "1e30")
     assert "stopped: the training loss became" in capsys.readouterr().out
     assert not (tmp_path / "best_model.pt").exists()

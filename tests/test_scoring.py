@@ -9,9 +9,9 @@ from stages import quantize, score
 
 import engine
 import model_scoring.scoring
-from engine.checkpoint import network_content, read, save
+from engine.store.checkpoint import network_content, read, save
 from model import build
-from model_scoring.layers import load_layer
+from model_scoring.masks import load_layer
 
 
 @pytest.mark.parametrize("coo", [False, True])
@@ -69,11 +69,11 @@ def test_a_users_own_network_is_counted_and_strict_names_what_has_no_rule(tmp_pa
     subtotals = report["rulers"]["challenge"]["groups"]
     mults = {group["name"]: sum(line["mults"] for line in group["lines"]) for group in subtotals}
     assert mults == {"convolutions": 27 * 8 * 900, "linear layers": 80, "poolings": 8}
-    with pytest.raises(engine.UserError, match="_softmax"):
+    with pytest.raises(engine.program.errors.UserError, match="_softmax"):
         score(*command, "--strict")
-    with pytest.raises(engine.UserError, match="leave --pack"):
+    with pytest.raises(engine.program.errors.UserError, match="leave --pack"):
         score(*command, "--pack", "own.safetensors")
-    with pytest.raises(engine.UserError, match="no form"):
+    with pytest.raises(engine.program.errors.UserError, match="no form"):
         score(*command, "--accounting", "published")
 
 
@@ -120,7 +120,7 @@ def test_what_can_not_be_compared_or_written_is_said_before_the_evaluation(resne
         (["--before", "nowhere.pt"], "no file 'nowhere.pt'"),
         (["--json", str(tmp_path)], "is a folder; pass the name of a file"),
     ):
-        with pytest.raises(engine.UserError, match=said):
+        with pytest.raises(engine.program.errors.UserError, match=said):
             score(resnet, "--eval", "--pack", str(tmp_path / "x.safetensors"), *arguments)
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import random_image
 from test_command_line import TINY, run_apart, run_here
 
-from engine.checkpoint import network_content, save
+from engine.store.checkpoint import network_content, save
 from model import build
 
 

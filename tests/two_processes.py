@@ -14,16 +14,17 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from engine import distributed, processes  # noqa: E402
-from engine.augment import Augmentation, normalise  # noqa: E402
-from engine.data import ImagesInMemory  # noqa: E402
+from engine import distributed  # noqa: E402
 from engine.device import choose_machine  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
+from engine.images.augment import Augmentation, normalise  # noqa: E402
+from engine.images.batches import ImagesInMemory  # noqa: E402
+from engine.program import processes  # noqa: E402
 from engine.training import train_epoch  # noqa: E402
 from model import build  # noqa: E402
-from model.layers import ternary_candidates  # noqa: E402
-from model_quantization.layers import TernaryLayers  # noqa: E402
+from model.selection import ternary_candidates  # noqa: E402
 from model_quantization.optimizer import EC2TOptimizer  # noqa: E402
+from model_quantization.quantized_layers import TernaryLayers  # noqa: E402
 
 STEPS, BATCH, IMAGES, CLASSES = 4, 16, 67, 10
 

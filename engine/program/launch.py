@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from engine import EXIT_WRONG_INPUT, UserError, is_out_of_memory
-from engine.processes import is_first, rank
+from engine.program.errors import EXIT_WRONG_INPUT, UserError, is_out_of_memory
+from engine.program.processes import is_first, rank
 
 EXIT_BUG = EXIT_OUT_OF_MEMORY = 1
 EXIT_NOBODY_READS = 128 + signal.SIGPIPE

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine import UserError, distributed, processes
-from engine.augment import Augmentation, Statistics, normalise
-from engine.preprocessing import IMAGENET, Preprocessing, Transform
-from engine.report import say
-from engine.sources import ClassFolders, find_source, open_image
+from engine import distributed
+from engine.images.augment import Augmentation, Statistics, normalise
+from engine.images.preprocessing import IMAGENET, Preprocessing, Transform
+from engine.images.sources import ClassFolders, find_source, open_image
+from engine.program import processes
+from engine.program.errors import UserError
+from engine.program.report import say
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -191,7 +193,7 @@ class ImagesOnDisk:
             for images, labels in batches:
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         except UserError as error:  # of a worker process: its last line is the message, the rest a traceback
-            message = str(error).strip().splitlines()[-1].removeprefix("engine.UserError: ")
+            message = str(error).strip().splitlines()[-1].removeprefix("engine.program.errors.UserError: ")
             error.__traceback__ = None  # a cycle that holds the loader: collected later, its workers end after seconds
             del batches
             raise UserError(message) from None

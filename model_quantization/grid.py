@@ -8,21 +8,19 @@ from pathlib import Path
 
 import torch
 
-from engine import UserError
-from engine.checkpoint import Checkpoint, expecting, find, read_network, save, wanted_spec
-from engine.data import Data, load_data
 from engine.device import Machine, choose_machine
 from engine.distributed import wait_for_all
 from engine.evaluation import evaluate, rounded_to_16_bit
-from engine.files import hold
-from engine.memory import peak_memory, say_peak_memory
-from engine.preprocessing import preprocessing_of
-from engine.processes import is_first
-from engine.report import say, table
-from engine.restore import check_alike
-from engine.rulers import challenge, published
-from engine.rulers.tally import Widths, task_of
-from engine.runs import Run, resume_from, write_text
+from engine.images.batches import Data, load_data
+from engine.images.preprocessing import preprocessing_of
+from engine.program.errors import UserError
+from engine.program.memory import peak_memory, say_peak_memory
+from engine.program.processes import is_first
+from engine.program.report import say, table
+from engine.store.checkpoint import Checkpoint, expecting, find, read_network, save, wanted_spec
+from engine.store.files import hold
+from engine.store.restore import check_alike
+from engine.store.run_folder import Run, resume_from, write_text
 from engine.training import derived_seed
 from model import EFFICIENTNETS, LITES, build
 from model.efficientnet import native_image_size
@@ -30,6 +28,8 @@ from model_quantization.arguments import FP_MODELS
 from model_quantization.plots import plot_layers, plot_sweep, plot_ternarization
 from model_quantization.pretrained import published_weights
 from model_quantization.training import Point
+from rulers import challenge, published
+from rulers.tally import Widths, task_of
 
 RESULT_ARGUMENTS = (
     "epochs",

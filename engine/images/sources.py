@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from engine import DATA_PATH, UserError
-from engine.image_arrays import ImageArrays, cached, find_arrays, read_arrays
-from engine.report import say
+from engine.images.arrays import ImageArrays, cached, find_arrays, read_arrays
+from engine.images.datasets import DATA_PATH
+from engine.program.errors import UserError
+from engine.program.report import say
 
 SMALL_IMAGE_SIZE = 32  # px, of CIFAR; MNIST and the digits are enlarged to it
 
@@ -94,7 +95,7 @@ class ClassFolders:
 
 
 class ArrayFiles:
-    """One `.npz` file a split, as `engine.image_arrays` describes them."""
+    """One `.npz` file a split, as `engine.images.arrays` describes them."""
 
     def __init__(self, train: Path, val: Path, native_size: int | None):
         self._splits: dict[str, ImageArrays] = {"train": read_arrays(train), "val": read_arrays(val)}

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine import UserError
-from engine.files import write_whole
+from engine.program.errors import UserError
+from engine.store.files import write_whole
 
 
 class ImageArrays(NamedTuple):

@@ -39,12 +39,12 @@ from math import prod
 
 from torch import Tensor, nn
 
-from engine.rulers.folding import BATCH_NORMS, Folding, fold, is_batch_norm
-from engine.rulers.graph import Node, Value, trace
-from engine.rulers.storage import Formats, Matrix, challenge_formats, smallest
-from engine.rulers.tally import Group, Line, Tally, Uncounted, Widths
-from engine.rulers.threads import one_thread
-from model.layers import is_ternary
+from model.selection import is_ternary
+from rulers.folding import BATCH_NORMS, Folding, fold, is_batch_norm
+from rulers.graph import Node, Value, trace
+from rulers.storage import Formats, Matrix, challenge_formats, smallest
+from rulers.tally import Group, Line, Tally, Uncounted, Widths
+from rulers.threads import one_thread
 
 
 @dataclass(frozen=True)

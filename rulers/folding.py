@@ -30,9 +30,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from engine.rulers.graph import Node, Value
-from engine.rulers.storage import Matrix
-from model.layers import is_ternary
+from model.selection import is_ternary
+from rulers.graph import Node, Value
+from rulers.storage import Matrix
 
 BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 

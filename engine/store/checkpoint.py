@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine import DATASETS, MAX_IMAGE_SIZE, UserError, is_out_of_memory, untrusted
-from engine.files import write_whole
-from engine.report import say
+from engine.images.datasets import DATASETS, MAX_IMAGE_SIZE
+from engine.program.errors import UserError, is_out_of_memory
+from engine.program.report import say
+from engine.store import torch_file
+from engine.store.files import write_whole
 from model import MICRONETS, MODELS, build
 from model.identify import expected_state_dict, mismatches, nearest
 from model.micronet import MAX_MULTIPLIER
@@ -169,7 +171,7 @@ def read(path: Path) -> dict:
         unpacking = f"run_scoring.py --t-model {path} --unpack FILE.pt"
         raise UserError(f"{path}: is a packed file; make a checkpoint of it with {unpacking}")
     try:
-        content = untrusted.load(path)
+        content = torch_file.load(path)
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
@@ -181,7 +183,7 @@ def read(path: Path) -> dict:
 
 def _damage(path: Path, error: Exception) -> str:
     """Say in plain words why reading failed with `error`."""
-    if isinstance(error, untrusted.Refused):
+    if isinstance(error, torch_file.Refused):
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"can't be read ({error.strerror})"

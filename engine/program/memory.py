@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from engine.report import say
+from engine.program.report import say
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; macOS counts bytes, other systems KiB
 MIB = 2**20

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
-from engine import processes
+from engine.program import processes
 
 
 def say(line: str = "") -> None:

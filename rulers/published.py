@@ -29,10 +29,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.rulers.tally import Group, Line, Tally, Widths
-from engine.rulers.threads import one_thread
 from model import EFFICIENTNETS, MICRONETS
-from model.layers import is_ternary
+from model.selection import is_ternary
+from rulers.tally import Group, Line, Tally, Widths
+from rulers.threads import one_thread
 
 MODELS = (*MICRONETS, *EFFICIENTNETS, "resnet20")  # for which there is a closed form
 

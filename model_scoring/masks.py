@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint import read, save
+from engine.store.checkpoint import read, save
 
 
 def masks(weight: Tensor) -> dict:

@@ -3,9 +3,8 @@
 import argparse
 import math
 
-from engine import DATA_PATH, DATASETS, MAX_IMAGE_SIZE
-from engine.launch import Parser
-from model import MODELS
+from engine.images.datasets import DATA_PATH, DATASETS, MAX_IMAGE_SIZE
+from engine.program.launch import Parser
 
 MAX_INT = 2**31 - 1
 MAX_WORKERS = 1024
@@ -53,45 +52,6 @@ def add_data_arguments(parser: Parser, dataset: str, image_size: str) -> argpars
         "torchvision keeps or downloads the set",
     )
     group.add_argument("--image-size", type=_pixels, metavar="PX", help=f"side in pixels (default: {image_size})")
-    return group
-
-
-def _known_model(text: str) -> str:
-    if text not in MODELS:
-        raise argparse.ArgumentTypeError(f"unknown model {text!r} (choose from {', '.join(MODELS)})")
-    return text
-
-
-def _own_or_known_model(text: str) -> str:
-    return text if ":" in text else _known_model(text)
-
-
-def add_model_arguments(
-    parser: Parser, checkpoint: str, description: str, own: bool = False, pretrained: bool = False
-) -> argparse._ArgumentGroup:
-    """Add the checkpoint's argument, and `--model`, `--dw-multps`, `--phi`, which it makes superfluous.
-
-    With `own`, `--model` also takes the user's own builder, `module:function`. With `pretrained`, the flag of that
-    name stands in for the checkpoint.
-    """
-    group = parser.add_argument_group("network")
-    if pretrained:
-        source = group.add_mutually_exclusive_group(required=True)
-        source.add_argument(checkpoint, metavar="NAME", help=description)
-        source.add_argument("--pretrained", action="store_true", help="--model's published ImageNet weights instead")
-    else:
-        group.add_argument(checkpoint, required=True, metavar="NAME", help=description)
-    group.add_argument(
-        "--model",
-        type=_own_or_known_model if own else _known_model,
-        metavar="NAME",
-        help=f"one of {', '.join(MODELS)}{', or your own builder, module:function' if own else ''}; "
-        "the checkpoint knows, and a contradiction is an error",
-    )
-    group.add_argument(
-        "--dw-multps", type=positive_float, nargs=2, metavar=("D", "W"), help="depth and width multipliers, likewise"
-    )
-    group.add_argument("--phi", type=nonnegative_float, help="their exponent: MicroNet(d^phi, w^phi), likewise")
     return group
 
 

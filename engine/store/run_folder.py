@@ -20,9 +20,11 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from engine import UserError, distributed, processes
-from engine.checkpoint import read, save
-from engine.files import hold, write_whole
+from engine import distributed
+from engine.program import processes
+from engine.program.errors import UserError
+from engine.store.checkpoint import read, save
+from engine.store.files import hold, write_whole
 
 
 def merit(record: dict) -> tuple[float, float]:

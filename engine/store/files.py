@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from engine import UserError, processes
+from engine.program import processes
+from engine.program.errors import UserError
 
 UNFINISHED = ".ec2t-"  # what the names of files begin with that are still being written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks answer

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from engine.augment import CIFAR, Statistics
+from engine.images.augment import CIFAR, Statistics
 from model import EFFICIENTNETS, LITES
 
 Transform = Callable[[Image.Image], Tensor]

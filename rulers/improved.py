@@ -27,11 +27,11 @@ table. The differences, which leave exactly 11,798 and 8.495 as their program co
 import torch
 from torch import Tensor, nn
 
-from engine.rulers.challenge import RULES, Operations, Rule, layer_cost, measure
-from engine.rulers.folding import Folding
-from engine.rulers.graph import Node
-from engine.rulers.storage import improved_formats
-from engine.rulers.tally import Tally, Widths
+from rulers.challenge import RULES, Operations, Rule, layer_cost, measure
+from rulers.folding import Folding
+from rulers.graph import Node
+from rulers.storage import improved_formats
+from rulers.tally import Tally, Widths
 
 WIDEST = 32
 

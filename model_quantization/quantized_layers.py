@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.restore import check_alike
+from engine.store.restore import check_alike
 from model_quantization import ec2t
 from model_quantization.ec2t import Extent
 

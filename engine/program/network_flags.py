@@ -1,0 +1,46 @@
+"""The flags that say which network is meant. Imports no torch."""
+
+import argparse
+
+from engine.program.arguments import nonnegative_float, positive_float
+from engine.program.launch import Parser
+from model import MODELS
+
+
+def _known_model(text: str) -> str:
+    if text not in MODELS:
+        raise argparse.ArgumentTypeError(f"unknown model {text!r} (choose from {', '.join(MODELS)})")
+    return text
+
+
+def _own_or_known_model(text: str) -> str:
+    return text if ":" in text else _known_model(text)
+
+
+def add_model_arguments(
+    parser: Parser, checkpoint: str, description: str, own: bool = False, pretrained: bool = False
+) -> argparse._ArgumentGroup:
+    """Add the checkpoint's argument, and `--model`, `--dw-multps`, `--phi`, which it makes superfluous.
+
+    With `own`, `--model` also takes the user's own builder, `module:function`. With `pretrained`, the flag of that
+    name stands in for the checkpoint.
+    """
+    group = parser.add_argument_group("network")
+    if pretrained:
+        source = group.add_mutually_exclusive_group(required=True)
+        source.add_argument(checkpoint, metavar="NAME", help=description)
+        source.add_argument("--pretrained", action="store_true", help="--model's published ImageNet weights instead")
+    else:
+        group.add_argument(checkpoint, required=True, metavar="NAME", help=description)
+    group.add_argument(
+        "--model",
+        type=_own_or_known_model if own else _known_model,
+        metavar="NAME",
+        help=f"one of {', '.join(MODELS)}{', or your own builder, module:function' if own else ''}; "
+        "the checkpoint knows, and a contradiction is an error",
+    )
+    group.add_argument(
+        "--dw-multps", type=positive_float, nargs=2, metavar=("D", "W"), help="depth and width multipliers, likewise"
+    )
+    group.add_argument("--phi", type=nonnegative_float, help="their exponent: MicroNet(d^phi, w^phi), likewise")
+    return group
