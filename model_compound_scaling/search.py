@@ -10,9 +10,10 @@ from engine.device import Machine, choose_machine
 from engine.images.batches import Data, ImagesOnDisk, load_data
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
+from engine.program.network_flags import scaled
 from engine.program.processes import is_first
 from engine.program.report import say, table, with_unit
-from engine.store.checkpoint import copy, scaled
+from engine.store.checkpoint import copy
 from engine.store.run_folder import Run, resume_from
 from engine.training import derived_seed
 from model import build

@@ -12,18 +12,17 @@ from engine.device import Machine, choose_machine
 from engine.distributed import wait_for_all
 from engine.evaluation import evaluate, rounded_to_16_bit
 from engine.images.batches import Data, load_data
-from engine.images.preprocessing import preprocessing_of
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
+from engine.program.network_flags import wanted_spec
 from engine.program.processes import is_first
 from engine.program.report import say, table
-from engine.store.checkpoint import Checkpoint, expecting, find, read_network, save, wanted_spec
+from engine.store.checkpoint import Checkpoint, expecting, find, read_network, save
 from engine.store.files import hold
 from engine.store.restore import check_alike
 from engine.store.run_folder import Run, resume_from, write_text
 from engine.training import derived_seed
-from model import EFFICIENTNETS, LITES, build
-from model.efficientnet import native_image_size
+from model import build, row_of
 from model_quantization.arguments import FP_MODELS
 from model_quantization.plots import plot_layers, plot_sweep, plot_ternarization
 from model_quantization.pretrained import published_weights
@@ -112,17 +111,17 @@ def compare(runs: list[Run], path: Path, data: Data, args: Namespace) -> None:
 def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -> Data:
     """The data set that the flags name, else the checkpoint's; validation images only where nothing is trained."""
     name = args.dataset or checkpoint.extra.get("dataset") or "CIFAR100"
-    network = checkpoint.spec["name"]
+    row = row_of(checkpoint.spec["name"])
     return load_data(
         name,
         args.data_path,
         machine.device,
         image_size=args.image_size or checkpoint.extra.get("image_size") or (200 if name == "ImageNet" else None),
-        val_image_size=native_image_size(network) if network in EFFICIENTNETS + LITES else None,
+        val_image_size=row.image_size if row.validated_at_image_size else None,
         batch_size=args.batch_size,
         val_batch_size=args.val_batch_size,
         workers=args.workers,
-        preprocessing=preprocessing_of(network),
+        preprocessing=row.preprocessing,
         train=args.epochs + args.retrain_epochs > 0,
     )
 

@@ -14,25 +14,22 @@ from torch import nn
 from engine.device import choose_machine
 from engine.evaluation import Evaluation, evaluate, rounded_to_16_bit
 from engine.images.batches import load_data
-from engine.images.preprocessing import preprocessing_of
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
+from engine.program.network_flags import wanted_spec
 from engine.program.report import say, table, with_unit
 from engine.store.checkpoint import (
     Checkpoint,
-    check_wanted,
-    describe,
     find,
+    naming,
     network_content,
     read_network,
     read_state_dict,
     save,
-    wanted_spec,
 )
 from engine.store.run_folder import write_text
-from model import EFFICIENTNETS, LITES
-from model.efficientnet import native_image_size
-from model.identify import mismatches
+from model import row_of
+from model.identify import check_wanted, describe, mismatches
 from model.selection import is_ternary
 from model_scoring.arguments import SAVED_LAYERS, T_MODELS
 from model_scoring.masks import save_layer
@@ -51,7 +48,7 @@ def run(args: Namespace) -> int:
             raise UserError(f"{file} is a folder; pass the name of a file to write")
     published.prune_depthwise(network, args.prune_threshold)
     dataset = args.dataset or checkpoint.extra.get("dataset") or default_dataset(checkpoint.spec)
-    image_size = args.image_size or checkpoint.image_size or default_image_size(checkpoint.spec)
+    image_size = args.image_size or checkpoint.image_size or row_of(checkpoint.spec["name"]).image_size
     task = task_of(dataset)
     say(f"{path}: {describe(checkpoint.spec)}, operations of one image of {image_size} px")
 
@@ -96,7 +93,8 @@ def load(path: Path, args: Namespace) -> tuple[Checkpoint, nn.Module]:
     wanted = wanted_spec(args.model, args.dw_multps, args.phi)
     if is_packed(path) or path.suffix == ".safetensors":
         checkpoint = read_packed(path)
-        check_wanted(wanted, checkpoint.spec, checkpoint.state_dict, path)
+        with naming(path):
+            check_wanted(wanted, checkpoint.spec, checkpoint.state_dict)
     else:
         checkpoint = read_network(path, wanted)
     return checkpoint, checkpoint.network().eval()
@@ -141,13 +139,6 @@ def default_dataset(spec: dict) -> str:
     return {1000: "ImageNet", 10: "CIFAR10"}.get(spec["num_classes"], "CIFAR100")
 
 
-def default_image_size(spec: dict) -> int:
-    """The image size in pixels that a network is scored at unless the user or the checkpoint says another."""
-    if spec["name"] in EFFICIENTNETS + LITES:
-        return native_image_size(spec["name"])
-    return 200 if spec["name"] == "imagenet_micronet" else 32
-
-
 def on_ruler(ruler: str, tallies: dict[str, Tally], spec: dict) -> Tally:
     if ruler not in tallies:
         raise UserError(
@@ -169,7 +160,7 @@ def evaluate_network(
         image_size=image_size,
         val_batch_size=args.val_batch_size,
         workers=args.workers,
-        preprocessing=preprocessing_of(checkpoint.spec["name"]),
+        preprocessing=row_of(checkpoint.spec["name"]).preprocessing,
         train=False,
     )
     checkpoint.check_classes(data.classes, data.name, args.data_path)
@@ -261,7 +252,7 @@ def before_and_after(
 ) -> dict:
     """Print what the full-precision network `before` counts as, at 32 bit, beside the compressed one.
 
-    A network that tells other classes apart (one that the compressed one's features came from) has no accuracy here.
+    A network of other classes (one that the compressed one's features came from) has no accuracy here.
     """
     checkpoint, network = before
     image_size, args = report["image_size"], plain(args)

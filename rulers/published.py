@@ -29,12 +29,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model import EFFICIENTNETS, MICRONETS
+from model import ROWS, row_of
 from model.selection import is_ternary
 from rulers.tally import Group, Line, Tally, Widths
 from rulers.threads import one_thread
-
-MODELS = (*MICRONETS, *EFFICIENTNETS, "resnet20")  # for which there is a closed form
 
 # (biases, multiplications, additions) that stand beside a convolution, from its index, n, live_in, live_out.
 Extras = Callable[[int, int, int, int], tuple[int, int, int]]
@@ -50,7 +48,7 @@ def count(network: nn.Module, model: str, image_size: int, widths: Widths) -> Ta
     and `nonzero`. `params`, the published "Total number of network params", is smaller: see
     `Layer.merged_params`.
     """
-    form = _efficientnet if model in EFFICIENTNETS else _resnet if model == "resnet20" else _micronet
+    form = FORMS[row_of(model).family]
     with one_thread():
         groups, params = form(network, image_size, widths.value)
     return Tally("published", widths, groups, params, truncate=True)
@@ -439,3 +437,9 @@ def _skip(project: Layer, div: float, size: int) -> Line:
     """
     block = project.name.removesuffix("._project_conv")
     return Line(block, adds=(size * div * div) ** 2 * project.channels_out)
+
+
+FORMS = {"micronet": _micronet, "resnet": _resnet, "efficientnet": _efficientnet}
+"""The closed form of each family of networks that has one."""
+
+MODELS = tuple(row.name for row in ROWS.values() if row.family in FORMS)

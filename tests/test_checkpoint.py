@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from engine.program.errors import UserError
-from engine.store.checkpoint import find, network_content, read, read_network, save, scaled, wanted_spec
+from engine.program.network_flags import scaled, wanted_spec
+from engine.store.checkpoint import find, network_content, read, read_network, save
 from engine.store.files import write_whole
 from model import build
 
@@ -359,7 +360,7 @@ def test_another_number_of_classes_is_an_error(network, tmp_path):
     checkpoint = read_network(tmp_path / "x.pt")
     checkpoint.check_classes(list("0123456789"), "digits", "../data")
     message = refusal(checkpoint.check_classes, ["cat", "dog"], "folder", "pets")
-    assert "x.pt tells 10 classes apart, but folder in pets has 2; pass the --dataset and --data-path" in message
+    assert "x.pt has 10 classes, but folder in pets has 2; pass the --dataset and --data-path" in message
 
 
 # ------------------------------------------------------------------------------------- finding files

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from engine.images.augment import normalise
 from engine.images.batches import Data, ImagesInMemory, ImagesOnDisk, load_data
 from engine.images.datasets import DATA_PATH, DATASETS
-from engine.images.preprocessing import preprocessing_of
 from engine.program.errors import UserError
+from model import row_of
 
 CPU = torch.device("cpu")
 FOLDER_NAMES = [name for name in DATASETS if name not in ("digits", "ImageNet")]
@@ -352,7 +352,7 @@ def test_small_images_are_normalised_as_the_network_knows_them(model, red, green
     path = make_folders()
     for file in path.rglob("*.png"):
         Image.new("RGB", (8, 8), (255, 0, 51)).save(file)
-    data = load(path, preprocessing=preprocessing_of(model))
+    data = load(path, preprocessing=row_of(model).preprocessing)
     colour = torch.tensor([red, green, blue]).view(3, 1, 1)
     (val, _), (train, _) = next(data.val_batches()), next(data.train_batches(0))
     torch.testing.assert_close(val, colour.expand_as(val))

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from engine.program import memory
 from engine.program.errors import UserError
 from engine.program.memory import MIB, peak_memory
 from engine.store.checkpoint import Checkpoint, network_content, read, read_network, save
-from model import build
+from model import ROWS, build, row_of
 from model.selection import is_ternary, pruning_candidates, ternary_candidates
 from model_compound_scaling.arguments import parser as scaling_parser
 from model_quantization import pretrained
@@ -86,7 +87,7 @@ def test_a_network_of_other_classes_keeps_all_but_its_classifier(resnet, capsys)
             assert torch.equal(tensor, checkpoint.state_dict[name])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith(f"NEW CLASSIFIER: {resnet} tells 5 classes apart, folder in pets has 2: ")
+    assert lines[0].startswith(f"NEW CLASSIFIER: {resnet} has 5 classes, folder in pets has 2: ")
 
 
 def test_a_network_of_as_many_classes_stays_as_it_is(resnet, capsys):
@@ -103,7 +104,7 @@ def test_stage_2_follows_the_folder_and_stage_3_refuses(resnet, make_folders, ca
     assert score(best, path, "--dataset", "folder", "--eval") == 0
     with pytest.raises(UserError) as caught:
         score(resnet, path, "--dataset", "folder", "--eval")
-    assert "resnet.pt tells 5 classes apart, but folder in" in one_line(caught)
+    assert "resnet.pt has 5 classes, but folder in" in one_line(caught)
 
 
 def test_classes_of_other_names_or_in_another_order_are_said(resnet, make_folders, capsys):
@@ -171,7 +172,7 @@ def test_layers_of_lite():
 def test_lite_is_ternarized_pruned_packed_and_scored(make_folders, tmp_path, monkeypatch, capsys):
     path = make_folders(classes=("ant", "bee", "cat"), size=PHOTO, suffix="jpg")
     save(network_content(LITE, build(LITE)), tmp_path / "lite.pt")
-    monkeypatch.setattr(model_quantization.grid, "native_image_size", lambda model: 32)
+    monkeypatch.setitem(ROWS, LITE["name"], replace(row_of(LITE["name"]), image_size=32))
     photographs = "--dataset ImageNet --image-size 24 --epochs 1 --retrain-epochs 0".split()
     ternary = quantize(tmp_path / "lite.pt", path, tmp_path / "a", *photographs)
     pruned = quantize(ternary, path, tmp_path / "b", *photographs, "--do-prune")
@@ -248,7 +249,7 @@ def published(server, tmp_path, monkeypatch) -> Path:
     """The address of B1's published weights is on `server`; the folder that downloads go to is returned."""
     folder = tmp_path / "trained_fp_models"
     monkeypatch.setattr(pretrained, "FP_MODELS", folder)
-    monkeypatch.setitem(pretrained.url_map, "efficientnet-b1", server.url)
+    monkeypatch.setitem(ROWS, "efficientnet-b1", replace(row_of("efficientnet-b1"), weights=server.url))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return folder
@@ -289,7 +290,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(server, published, monk
 
 def test_a_server_that_is_not_there(published, monkeypatch):
     url = "http://127.0.0.1:9/efficientnet-b1-f1951068.pth"
-    monkeypatch.setitem(pretrained.url_map, "efficientnet-b1", url)
+    monkeypatch.setitem(ROWS, "efficientnet-b1", replace(row_of("efficientnet-b1"), weights=url))
     assert refused("efficientnet-b1").startswith(f"--pretrained: {url} can't be downloaded (<urlopen error")
     assert list(published.iterdir()) == []
 
@@ -314,9 +315,9 @@ def test_published_weights_stand_in_for_a_checkpoint(make_folders, tmp_path, mon
     monkeypatch.setattr(model_quantization.grid, "published_weights", lambda model: tmp_path / f"{model[-5:]}.pth")
     command = f"--pretrained --model {LITE['name']} --dataset ImageNet --data-path {path} --save-dir {tmp_path}/out"
     command += " --epochs 0 --retrain-epochs 0 --workers 0 --no-cuda --ini-c-divrs 0.2 --lambda-max-divrs 0.1"
-    monkeypatch.setattr(model_quantization.grid, "native_image_size", lambda model: 32)
+    monkeypatch.setitem(ROWS, LITE["name"], replace(row_of(LITE["name"]), image_size=32))
     assert model_quantization.grid.run(quantization_parser().parse_args([*command.split(), "--image-size", "32"])) == 0
-    assert f"NEW CLASSIFIER: {tmp_path}/lite1.pth tells 3 classes apart" in capsys.readouterr().out
+    assert f"NEW CLASSIFIER: {tmp_path}/lite1.pth has 3 classes" in capsys.readouterr().out
     assert read(tmp_path / "out" / "Ternary_best_acc.pt")["model"] == {**LITE, "num_classes": 2}
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model.identify
-from model import EFFICIENTNETS, LITES, MODELS, build
+from model import ROWS, build
 from model.identify import expected_state_dict, mismatches, nearest
 from model.micronet import LAYOUTS, scale_depth, scale_width
 from model.selection import is_ternary, pruning_candidates, ternary_candidates
@@ -266,7 +266,7 @@ def identify(tensors: dict) -> dict | None:
         IMAGENET,
         {**IMAGENET, "depth": 2.7, "width": 0.9, "num_classes": 3},
         {"name": "resnet20", "num_classes": 10},
-        *({"name": name, "num_classes": 12} for name in EFFICIENTNETS + LITES),
+        *({"name": name, "num_classes": 12} for name in ROWS if name.startswith("efficientnet")),
     ],
     ids=lambda spec: spec["name"],
 )
@@ -349,4 +349,4 @@ def test_mismatches_of_equal_networks_are_none():
 
 
 def test_layouts_and_models_know_each_other():
-    assert set(LAYOUTS) <= set(MODELS)
+    assert set(LAYOUTS) <= set(ROWS)

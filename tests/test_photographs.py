@@ -14,7 +14,7 @@ from PIL import Image
 from test_data import CLASSES, PHOTO, drawn, equal, load, pixels, refusal
 
 from engine.images.batches import ImagesInMemory, ImagesOnDisk
-from engine.images.preprocessing import preprocessing_of
+from model import row_of
 
 # ------------------------------------------------------------------------------------- Tiny-ImageNet's layout
 
@@ -86,7 +86,7 @@ def test_photographs_are_cropped_to_size_and_normalised(model, red, green, blue,
     path = make_folders()
     for file in path.rglob("*.png"):
         Image.new("RGB", PHOTO, (255, 0, 51)).save(file)
-    data = load(path, "ImageNet", image_size=14, val_image_size=val_size, preprocessing=preprocessing_of(model))
+    data = load(path, "ImageNet", image_size=14, val_image_size=val_size, preprocessing=row_of(model).preprocessing)
     colour = torch.tensor([red, green, blue])
     for batches, size in ((data.train_batches(0), 14), (data.val_batches(), val_size or 14)):
         for images, _ in batches:
@@ -102,7 +102,7 @@ def test_the_centre_of_a_photograph_is_seen(make_folders):
         photograph.save(file)
     # of the shorter side that the crop shows
     for model, share in (("imagenet_micronet", 7 / 8), ("efficientnet-b4", 1), ("efficientnet-lite1", 56 / 88)):
-        data = load(path, "ImageNet", image_size=56, preprocessing=preprocessing_of(model))
+        data = load(path, "ImageNet", image_size=56, preprocessing=row_of(model).preprocessing)
         images, _ = next(data.val_batches())
         red = (images[0, 0] > 0).float().mean().sqrt().item()
         assert red == pytest.approx(40 / (80 * share), abs=0.04)

@@ -104,7 +104,7 @@ BAD_COMMANDS = [
     (SCALING + "--data-path {0}/unequal", "cow is missing in {0}/unequal/train"),
     (SCALING + "--data-path {0}/broken", "{0}/broken/train/dog/1.png: does not decode as an image"),
     (QUANTIZATION + "--data-path {0}/unequal", "cow is missing in {0}/unequal/train"),
-    (SCORING + "--eval --data-path {0}/three", "tells 2 classes apart, but folder in "),
+    (SCORING + "--eval --data-path {0}/three", "has 2 classes, but folder in "),
     # checkpoints
     (QUANTIZATION + "--model-dict nowhere.th", "no file 'nowhere.th', neither as a path nor in model_quantization/"),
     (QUANTIZATION + "--model-dict {0}/pets", "'{0}/pets' is a folder; pass a file in it ({0}/pets holds test/, "),

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine import distributed
-from engine.images.augment import Augmentation, Statistics, normalise
-from engine.images.preprocessing import IMAGENET, Preprocessing, Transform
+from engine.images.augment import Augmentation, normalise
+from engine.images.preprocessing import Transform, for_training, for_validation
 from engine.images.sources import ClassFolders, find_source, open_image
 from engine.program import processes
 from engine.program.errors import UserError
 from engine.program.report import say
+from model.registry import OF_CIFAR_NETWORKS, Preprocessing, Statistics
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -211,7 +212,7 @@ def load_data(
     batch_size: int = 256,
     val_batch_size: int = 512,
     workers: int = 4,
-    preprocessing: Preprocessing = IMAGENET,
+    preprocessing: Preprocessing = OF_CIFAR_NETWORKS,
     train: bool = True,
 ) -> Data:
     """Read the data set `name` from `path`; UserError where it is missing, empty or damaged.
@@ -238,8 +239,8 @@ def load_data(
             data = ImagesOnDisk(
                 name,
                 source.classes,
-                Photographs(source.files["train"], preprocessing.training(size)) if train else None,
-                Photographs(source.files["val"], preprocessing.validation(val_size)),
+                Photographs(source.files["train"], for_training(preprocessing, size)) if train else None,
+                Photographs(source.files["val"], for_validation(preprocessing, val_size)),
                 size,
                 val_size,
                 batch_size,
