@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_image
 from PIL import Image
-from test_data import CLASSES, PHOTO, drawn, equal, load, pixels, refusal
 
 from engine.images.batches import ImagesInMemory, ImagesOnDisk
 from engine.images.preprocessing import preprocessing_of
+from helpers.images import CLASSES, PHOTO, drawn, equal, load, pixels, random_image, refusal
 
 # ------------------------------------------------------------------------------------- Tiny-ImageNet's layout
 
