@@ -7,14 +7,13 @@ import sys
 
 import pytest
 import torch
-import two_processes
-from conftest import ROOT
 
 from engine import distributed
 from engine.images.batches import load_data
 from engine.images.datasets import DATA_PATH
 from engine.program.errors import UserError
 from engine.store.checkpoint import network_content, read, save
+from helpers import ROOT, two_processes
 from model import build
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -30,7 +29,7 @@ def alone_and_two(tmp_path_factory) -> list[dict]:
     """What one process got on whole batches, then what each of two got on its halves."""
     folder = tmp_path_factory.mktemp("processes")
     two_processes.main(folder)
-    done = torchrun("tests/two_processes.py", str(folder))
+    done = torchrun("tests/helpers/two_processes.py", str(folder))
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"process_{name}.pt") for name in ("0_of_1", "0_of_2", "1_of_2")]
 

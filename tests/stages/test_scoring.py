@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import quantize, score
 
 import engine
 import model_scoring.scoring
 from engine.store.checkpoint import network_content, read, save
+from helpers.stages import quantize, score
 from model import build
 from model_scoring.masks import load_layer
 

@@ -4,21 +4,22 @@ import copy
 import functools
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from reference.make_checkpoint import make_state_dict
 from torch import nn
 
+from helpers import REFERENCE
+from helpers.tallies import counted
 from model import build
 from model.micronet import Layout, MicroNet
 from model.selection import ternary_candidates
+from reference.make_checkpoint import make_state_dict
 from rulers import published
 from rulers.published import count, prune_depthwise
 from rulers.tally import TASKS, Group, Line, Tally, Widths
 
-CASES = json.loads((Path(__file__).parent / "reference" / "scores.json").read_text())
+CASES = json.loads((REFERENCE / "scores.json").read_text())
 SPECS = {
     "cifar_micronet": {"depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100},
     "imagenet_micronet": {"depth": 1.2, "width": 1.3},
@@ -89,10 +90,6 @@ def small_micronet(channels: tuple[int, ...] = (8,)) -> MicroNet:
     for name in ternary_candidates(network, "cifar_micronet"):
         network.get_parameter(name).data.fill_(0.5)
     return network
-
-
-def counted(line: Line) -> tuple[float, float, float]:
-    return line.bits, line.mults, line.adds
 
 
 def test_small_micronet_with_dead_filters():

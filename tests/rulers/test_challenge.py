@@ -9,9 +9,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from helpers.tallies import batch_norm, counted, lines, total
 from model import build
 from rulers.challenge import count
-from rulers.tally import Line, Tally, Uncounted, Widths
+from rulers.tally import Uncounted, Widths
 
 FULL = Widths(32, 32, 32)
 
@@ -25,19 +26,6 @@ class Apply(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
-
-
-def total(tally: Tally) -> tuple[float, float, float]:
-    """Bits, multiplications and additions."""
-    return tuple(sum(group.total(field) for group in tally.groups) for field in ("bits", "mults", "adds"))
-
-
-def lines(tally: Tally) -> dict[str, Line]:
-    return {line.name: line for group in tally.groups for line in group.lines}
-
-
-def counted(line: Line) -> tuple[float, float, float]:
-    return line.bits, line.mults, line.adds
 
 
 # ----------------------------------------------------------------------------------------- single operations
@@ -159,15 +147,6 @@ def test_functional_layers_count_by_their_weights():
 
 
 # ------------------------------------------------------------------------------------------------ BatchNorm
-
-
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """A BatchNorm whose statistics and parameters are all different."""
-    norm = nn.BatchNorm2d(channels)
-    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
-        tensor.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    return norm
 
 
 def test_batch_norm_behind_a_layer_is_a_bias():

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import FILES, assert_same_runs, interrupt_after, quantize, rates, runs
 
 import engine
 import model_quantization.grid
 from engine.store.checkpoint import network_content, read, save
+from helpers.stages import FILES, assert_same_runs, interrupt_after, quantize, rates, runs
 from model import build
 
 

@@ -8,45 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_image
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from engine.images.augment import normalise
-from engine.images.batches import Data, ImagesInMemory, ImagesOnDisk, load_data
+from engine.images.batches import Data, ImagesInMemory, ImagesOnDisk
 from engine.images.datasets import DATA_PATH, DATASETS
 from engine.program.errors import UserError
+from helpers.images import CLASSES, PHOTO, drawn, equal, load, pixels, random_image, refusal
 from model import row_of
 
-CPU = torch.device("cpu")
 FOLDER_NAMES = [name for name in DATASETS if name not in ("digits", "ImageNet")]
-PHOTO = (90, 70)  # width and height in pixels: above those of small images
-
-
-def load(path: Path, name: str = "folder", **options) -> Data:
-    return load_data(name, path, CPU, **{"batch_size": 2, "val_batch_size": 3, "workers": 0, **options})
-
-
-def refusal(path: Path, name: str = "folder", **options) -> str:
-    """The message that reading `path` is answered with, checked to be one line."""
-    with pytest.raises(UserError) as caught:
-        load(path, name, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
-
-
-def pixels(path: Path, mode: str = "RGB") -> torch.Tensor:
-    """The image `[3, H, W]` as Pillow converts it."""
-    return torch.from_numpy(np.array(Image.open(path).convert(mode))).movedim(2, 0)
-
-
-def drawn(data: Data, seed: int) -> list[torch.Tensor]:
-    """Images and labels of an epoch, one behind the other."""
-    return [tensor for batch in data.train_batches(seed) for tensor in batch]
-
-
-def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
-    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two))
 
 
 # ------------------------------------------------------------------------------------- small class folders
@@ -275,7 +247,7 @@ def test_a_photograph_that_does_not_decode_is_named_once_it_is_met(damage, worke
 
 # ------------------------------------------------------------------------------------- what an epoch holds
 
-CLASSES = tuple("abcdefghijk")  # of one image each: the label tells the image
+
 
 
 @pytest.fixture(params=["small", "photographs", "photographs, 2 workers"])

@@ -1,7 +1,6 @@
 """EC2T's arithmetic against literal definitions: the three-way argmin, autograd, and the paper's guarantees."""
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers import REFERENCE
 from model_quantization import ec2t
 from model_quantization.optimizer import EC2TOptimizer
 from model_quantization.quantized_layers import TernaryLayers
 
-REFERENCE = np.load(Path(__file__).parent / "reference" / "assignments.npz")
-CASES = sorted({int(name.split("_")[0]) for name in REFERENCE.files})
+ASSIGNMENTS = np.load(REFERENCE / "assignments.npz")
+CASES = sorted({int(name.split("_")[0]) for name in ASSIGNMENTS.files})
 
 
 def network_of(*weights: Tensor) -> nn.Module:
@@ -51,14 +51,14 @@ def literal_costs(w: Tensor, w_p: float, w_n: float, g: float, delta: float) -> 
 
 @pytest.mark.parametrize("case", CASES)
 def test_reference_assignments_are_reproduced_exactly(case):
-    weights = torch.from_numpy(REFERENCE[f"{case}_weights"])
-    w_p, w_n, g, delta, lam, prune = REFERENCE[f"{case}_scalars"]
+    weights = torch.from_numpy(ASSIGNMENTS[f"{case}_weights"])
+    w_p, w_n, g, delta, lam, prune = ASSIGNMENTS[f"{case}_scalars"]
     layers = layers_of(weights, g=g, prune=bool(prune))
     layers.strength *= delta  # of a network whose largest layer is 1 / delta times as large
     layers.centroids.data = torch.tensor([[w_p], [w_n]], dtype=torch.float32)
     layers.assign()
-    assert np.array_equal(layers.view(layers.assignment, 0), REFERENCE[f"{case}_assignment"])
-    assert np.array_equal(layers.view(layers.quantized, 0), REFERENCE[f"{case}_quantized"])
+    assert np.array_equal(layers.view(layers.assignment, 0), ASSIGNMENTS[f"{case}_assignment"])
+    assert np.array_equal(layers.view(layers.quantized, 0), ASSIGNMENTS[f"{case}_quantized"])
 
     extent = layers.extent()
     n_p, n_n = (weights > w_p / 2).sum().double(), (weights < -w_n / 2).sum().double()

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_image
 from PIL import Image
-from test_data import CLASSES, PHOTO, drawn, equal, load, pixels, refusal
 
 from engine.images.batches import ImagesInMemory, ImagesOnDisk
+from helpers.images import CLASSES, PHOTO, drawn, equal, load, pixels, random_image, refusal
 from model import row_of
 
 # ------------------------------------------------------------------------------------- Tiny-ImageNet's layout

@@ -9,10 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from stages import FILES, assert_same_runs, interrupt_after, runs, scale
-from test_checkpoint import small_disk
-from test_command_line import script
 from torchvision import datasets
 
 import engine.images.batches
@@ -23,6 +19,10 @@ from engine.program.errors import UserError
 from engine.program.launch import Parser, launch
 from engine.store.checkpoint import read
 from engine.store.files import UNFINISHED, hold, write_whole
+from helpers import ROOT
+from helpers.disk import small_disk
+from helpers.programs import script
+from helpers.stages import FILES, assert_same_runs, interrupt_after, runs, scale
 
 POINT = ["--grid", "0.14", "0.5", "--epochs", "3", "--lr", "0.05"]
 
@@ -43,8 +43,8 @@ def assert_one_line(done: subprocess.CompletedProcess, code: int, said: str) -> 
 
 
 def test_killed_anywhere_and_resumed_to_the_same_bytes():
-    """Six kills; `python tests/kill.py --kills 200` is the long form."""
-    done = program("tests/kill.py --kills 6 --seed 3", stdout=subprocess.PIPE)
+    """Six kills; `python tests/robustness/kill.py --kills 200` is the long form."""
+    done = program("tests/robustness/kill.py --kills 6 --seed 3", stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 kills" in done.stdout
     assert re.search(r"all [1-9]\d* ended in the bytes of an uninterrupted run", done.stdout)  # starts depend on timing

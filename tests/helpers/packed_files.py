@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from reference.make_checkpoint import make_state_dict
 from torch import Tensor
 
 from engine.store.checkpoint import Checkpoint
 from model import build
 from model_scoring import packing
 from model_scoring.packing import PackReport, read_packed, write_packed
+from reference.make_checkpoint import make_state_dict
 
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.1, "num_classes": 2}  # 8 channels, 3 blocks
 EXTRA = {"dataset": "CIFAR10", "image_size": 32, "accuracy": 91.01}

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from stages import FILES, assert_same_runs, interrupt_after, rates, runs, scale
 
 import engine
 from engine.store.checkpoint import read
+from helpers.stages import FILES, assert_same_runs, interrupt_after, rates, runs, scale
 from model_compound_scaling.training import learning_rate_factor
 
 

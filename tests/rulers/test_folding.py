@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_challenge import batch_norm, counted, lines, total
 from torch import Tensor, nn
 
+from helpers.tallies import batch_norm, counted, lines, total
 from model import build
 from model.selection import ternary_candidates
 from rulers.challenge import count

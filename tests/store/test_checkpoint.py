@@ -5,9 +5,7 @@ import io
 import os
 import pickle
 import re
-import resource
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from engine.program.errors import UserError
 from engine.program.network_flags import scaled, wanted_spec
 from engine.store.checkpoint import find, network_content, read, read_network, save
 from engine.store.files import write_whole
+from helpers.disk import small_disk
 from model import build
 
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 10}  # 1-1-1 blocks of 8-16-32
@@ -112,17 +111,6 @@ def test_what_no_program_wrote_of_the_data_is_not_believed(tensors, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- no moment leaves half a file
-
-
-@contextmanager
-def small_disk(size: int):
-    """Files can't grow beyond `size` bytes in here."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):

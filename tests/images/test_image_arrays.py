@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_image
 
 from engine.images.batches import ImagesInMemory, load_data
 from engine.program.errors import UserError
+from helpers.images import random_image
 
 CPU = torch.device("cpu")
 

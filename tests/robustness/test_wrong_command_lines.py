@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_image
-from test_command_line import TINY, run_apart, run_here
 
 from engine.store.checkpoint import network_content, save
+from helpers.images import random_image
+from helpers.programs import TINY, run_apart, run_here
 from model import build
 
 

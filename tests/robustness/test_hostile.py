@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import Tensor
 
 import model_compound_scaling.training
@@ -30,6 +29,7 @@ from engine.images.batches import ImagesInMemory
 from engine.program.errors import UserError
 from engine.store.checkpoint import Checkpoint, network_content, read, read_network, save
 from engine.store.run_folder import Run, resume_from
+from helpers import ROOT
 from model import build
 from model_quantization.training import Point
 

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from packed_files import (
+
+from engine.program.errors import UserError
+from helpers.packed_files import (
     TERNARY,
     TINY,
     allocating_less_than,
     mixed,
 )
-
-from engine.program.errors import UserError
 from model import build
 from model_scoring import coding, packing
 from model_scoring.packing import ENTRY, read_packed, stored_values

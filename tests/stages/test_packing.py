@@ -13,7 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from packed_files import (
+from torch import Tensor
+
+from engine.program.errors import UserError
+from engine.store import checkpoint
+from engine.store.checkpoint import Checkpoint, network_content, read_network
+from helpers.packed_files import (
     DENSE,
     EXTRA,
     TERNARY,
@@ -26,11 +31,6 @@ from packed_files import (
     same_bytes,
     tiny,
 )
-from torch import Tensor
-
-from engine.program.errors import UserError
-from engine.store import checkpoint
-from engine.store.checkpoint import Checkpoint, network_content, read_network
 from model import build
 from model_scoring.packing import ENTRY, Kind, is_packed, read_packed, stored_values, write_packed
 

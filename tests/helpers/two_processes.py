@@ -1,6 +1,6 @@
 """What each of two processes does in `test_distributed.py`: started by `torchrun`, or alone for comparison.
 
-    torchrun --nproc_per_node=2 tests/two_processes.py FOLDER
+    torchrun --nproc_per_node=2 tests/helpers/two_processes.py FOLDER
 
 writes FOLDER/process_RANK_of_WORLD.pt: the state of EC2T after some steps, the indices of the images that this
 process saw, and its evaluation.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from engine import distributed  # noqa: E402
 from engine.device import choose_machine  # noqa: E402

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train tiny networks for many epochs, and watch what the process holds: resident memory and open files by epoch.
 
-    python tests/long_run.py [--epochs 200]
+    python tests/robustness/long_run.py [--epochs 200]
 
 Both must be flat: between the halves of the run, the median may grow by 4 MiB and by no file.
 Linux only.
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DIGITS = "--dataset digits --image-size 8 --batch-size 479 --no-cuda --save-dir results".split()
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill the three programs anywhere, run the same command again, and compare with runs that nobody killed.
 
-    python tests/kill.py --kills 200 [--seed 0] [--fresh]
+    python tests/robustness/kill.py --kills 200 [--seed 0] [--fresh]
 
 Each start is killed by SIGKILL, SIGTERM or SIGINT, at a random time or just before its n-th access to a file of its
 results (opening, renaming, removing). After each kill every network that is there must be readable; in the end all
@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 DIGITS = "--dataset digits --image-size 8 --batch-size 479 --no-cuda".split()
 CHAINS = {

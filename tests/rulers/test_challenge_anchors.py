@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from reference.make_checkpoint import make_state_dict
 from torch import Tensor, nn
 
 from model import build
+from reference.make_checkpoint import make_state_dict
 from rulers import published
 from rulers.challenge import count
 from rulers.graph import trace

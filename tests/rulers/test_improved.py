@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_challenge import lines, total
 from torch import Tensor, nn
 
+from helpers.tallies import lines, total
 from model import build
 from model.selection import ternary_candidates
 from rulers import challenge, improved

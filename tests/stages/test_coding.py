@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from packed_files import (
+
+from helpers.packed_files import (
     allocating_less_than,
 )
-
 from model_scoring import coding
 
 quick = settings(max_examples=100, deadline=None)
