@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.device import Machine, choose_machine
-from engine.distributed import wait_for_all
+from engine.distributed import barrier
 from engine.evaluation import evaluate, rounded_to_16_bit
 from engine.images.batches import Data, load_data
 from engine.images.preprocessing import preprocessing_of
@@ -170,7 +170,7 @@ def scored(run: Run, best: dict, data: Data, machine: Machine) -> dict:
 
     Counted on the `published` ruler, or on `challenge` where that has no form, at the size of the validation images.
     """
-    wait_for_all()  # until the first process has written that network
+    barrier()  # until the first process has written that network
     content = read_best(run, best["phase"])
     network = build(content["model"])
     network.load_state_dict(content["state_dict"])

@@ -59,7 +59,7 @@ class ImagesInMemory:
 
     @property
     def num_val_batches(self) -> int:
-        return -(-len(distributed.share(self.val[1])) // self.val_batch_size)
+        return -(-len(distributed.shard(self.val[1])) // self.val_batch_size)
 
     @property
     def num_train_images(self) -> int:
@@ -88,12 +88,12 @@ class ImagesInMemory:
         if processes.rank():
             generator.manual_seed(seed + processes.rank())
         for batch in order.split(self.batch_size)[: self.num_train_batches]:
-            indices = distributed.share(batch)
+            indices = distributed.shard(batch)
             yield self.augmentation(images[indices], generator), labels[indices]
 
     def val_batches(self) -> Batches:
         """Every validation image once, in order, normalised; several processes share them."""
-        val = zip(*(distributed.share(tensor).split(self.val_batch_size) for tensor in self.val))
+        val = zip(*(distributed.shard(tensor).split(self.val_batch_size) for tensor in self.val))
         for images, labels in val:
             yield normalise(images, self.augmentation.statistics), labels
 
@@ -142,7 +142,7 @@ class ImagesOnDisk:
 
     @property
     def num_val_batches(self) -> int:
-        return -(-len(distributed.share(range(len(self.val)))) // self.val_batch_size)
+        return -(-len(distributed.shard(range(len(self.val)))) // self.val_batch_size)
 
     @property
     def num_train_images(self) -> int:
@@ -167,12 +167,12 @@ class ImagesOnDisk:
         """
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
         starts = range(0, self.num_train_batches * self.batch_size, self.batch_size)
-        batches = [distributed.share(order[start : start + self.batch_size]) for start in starts]
+        batches = [distributed.shard(order[start : start + self.batch_size]) for start in starts]
         return self._on_device(self._loader(replace(self.train, seed=seed), batches))
 
     def val_batches(self) -> Batches:
         """Every validation image once, in order, normalised; several processes share them."""
-        order = distributed.share(range(len(self.val)))
+        order = distributed.shard(range(len(self.val)))
         starts = range(0, len(order), self.val_batch_size)
         return self._on_device(self._loader(self.val, [order[i : i + self.val_batch_size] for i in starts]))
 
