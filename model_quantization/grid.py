@@ -11,7 +11,7 @@ import torch
 from engine.device import Machine, choose_machine
 from engine.distributed import barrier
 from engine.evaluation import evaluate, rounded_to_16_bit
-from engine.images.batches import Data, load_data
+from engine.images.batches import Data, ImageRequest, load_data
 from engine.images.preprocessing import preprocessing_of
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
@@ -113,10 +113,9 @@ def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -
     """The data set that the flags name, else the checkpoint's; validation images only where nothing is trained."""
     name = args.dataset or checkpoint.extra.get("dataset") or "CIFAR100"
     network = checkpoint.spec["name"]
-    return load_data(
+    request = ImageRequest(
         name,
         args.data_path,
-        machine.device,
         image_size=args.image_size or checkpoint.extra.get("image_size") or (200 if name == "ImageNet" else None),
         val_image_size=native_image_size(network) if network in EFFICIENTNETS + LITES else None,
         batch_size=args.batch_size,
@@ -125,6 +124,7 @@ def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -
         preprocessing=preprocessing_of(network),
         train=args.epochs + args.retrain_epochs > 0,
     )
+    return load_data(request, machine.device)
 
 
 def point_run(save_dir: Path, s: float, g: float, checkpoint: Checkpoint, data: Data, args: Namespace) -> Run:

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from engine.images.augment import normalise
-from engine.images.batches import Data, ImagesInMemory, ImagesOnDisk, load_data
+from engine.images.batches import Data, ImageRequest, ImagesInMemory, ImagesOnDisk, load_data
 from engine.images.datasets import DATA_PATH, DATASETS
 from engine.images.preprocessing import preprocessing_of
 from engine.program.errors import UserError
@@ -24,7 +24,8 @@ PHOTO = (90, 70)  # width and height in pixels: above those of small images
 
 
 def load(path: Path, name: str = "folder", **options) -> Data:
-    return load_data(name, path, CPU, **{"batch_size": 2, "val_batch_size": 3, "workers": 0, **options})
+    request = ImageRequest(name, path, **{"batch_size": 2, "val_batch_size": 3, "workers": 0, **options})
+    return load_data(request, CPU)
 
 
 def refusal(path: Path, name: str = "folder", **options) -> str:

@@ -11,7 +11,7 @@ import two_processes
 from conftest import ROOT
 
 from engine import distributed
-from engine.images.batches import load_data
+from engine.images.batches import ImageRequest, load_data
 from engine.images.datasets import DATA_PATH
 from engine.program.errors import UserError
 from engine.store.checkpoint import network_content, read, save
@@ -100,8 +100,8 @@ def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(distributed, "broadcast", lambda value: value)
     with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
-        load_data("digits", DATA_PATH, torch.device("cpu"), batch_size=15)
-    load_data("digits", DATA_PATH, torch.device("cpu"), batch_size=15, train=False)
+        load_data(ImageRequest("digits", DATA_PATH, batch_size=15), torch.device("cpu"))
+    load_data(ImageRequest("digits", DATA_PATH, batch_size=15, train=False), torch.device("cpu"))
 
 
 def test_the_first_process_reads_first(monkeypatch):
