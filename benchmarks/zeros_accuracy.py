@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.device import Machine  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
-from engine.images.batches import Data, load_data  # noqa: E402
+from engine.images.batches import Data, ImageRequest, load_data  # noqa: E402
 from engine.program.report import say  # noqa: E402
 from engine.store.checkpoint import Checkpoint, read_network  # noqa: E402
 from model import row_of  # noqa: E402
@@ -79,10 +79,11 @@ def main() -> None:
     checkpoint = read_network(args.t_model)
     model = checkpoint.spec["name"]
     machine = Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.amp)
-    data = load_data(
-        "ImageNet", args.data_path, machine.device, image_size=row_of(model).image_size, val_batch_size=args.batch_size,
+    request = ImageRequest(
+        "ImageNet", args.data_path, image_size=row_of(model).image_size, val_batch_size=args.batch_size,
         workers=0, preprocessing=row_of(model).preprocessing, train=False,
     )  # fmt: skip
+    data = load_data(request, machine.device)
     checkpoint.check_classes(data.classes, data.name, args.data_path)
     baseline = evaluate(machine.place(checkpoint.network()), data, machine).accuracy
     say(f"{model}: {baseline:.2f}% of {data.num_val_images:,} images as published")

@@ -1,6 +1,6 @@
 """Several processes that train one network, as `torchrun` starts them; all of it does nothing in a single process.
 
-Every process computes on its own device with its share of each batch. All share one file system: the first
+Every process computes on its own device with its shard of each batch. All share one file system: the first
 process (rank 0) writes and prints, the others only read.
 """
 
@@ -37,7 +37,7 @@ def join(cuda: bool) -> torch.device:
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Wait until every process is here: what the first one wrote before is then there for all."""
     if world_size() > 1:
         dist.barrier()
@@ -53,16 +53,16 @@ def first_process_first() -> Iterator[None]:
         try:
             yield
         except BaseException:
-            told_by_first(False)
+            broadcast(False)
             raise
-        told_by_first(True)
-    elif told_by_first(None):
+        broadcast(True)
+    elif broadcast(None):
         yield
     else:
         sys.exit(EXIT_WRONG_INPUT)
 
 
-def told_by_first(value: object) -> object:
+def broadcast(value: object) -> object:
     """The first process's `value`, in all processes."""
     if world_size() == 1:
         return value
@@ -71,14 +71,14 @@ def told_by_first(value: object) -> object:
     return values[0]
 
 
-def sum_over_processes(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """`tensor` summed over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def share(items):
+def shard(items):
     """This process's part of a sequence or tensor: every `world_size()`-th item, so that each is in one part."""
     return items[rank() :: world_size()]
 
@@ -88,4 +88,4 @@ def average_buffers(network: nn.Module) -> None:
     """Average what BatchNorm has seen, so that all processes hold the same network."""
     for buffer in network.buffers():
         if buffer.is_floating_point():
-            buffer.copy_(sum_over_processes(buffer) / world_size())
+            buffer.copy_(all_reduce(buffer) / world_size())

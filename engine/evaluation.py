@@ -54,7 +54,7 @@ def evaluate(network: nn.Module, data: Data, machine: Machine) -> Evaluation:
             logits = network(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
-    loss, correct = map(distributed.sum_over_processes, (loss, correct))
+    loss, correct = map(distributed.all_reduce, (loss, correct))
     mean = loss.item() / data.num_val_images
     if not math.isfinite(mean):
         raise Diverged(f"the validation loss became {mean}")

@@ -62,7 +62,7 @@ def train_epoch(
         scaler.update()
         total += loss.detach()
         if step % STEPS_BETWEEN_LOOKS == 0 or step == data.num_train_batches:
-            mean = distributed.sum_over_processes(total / (step * processes.world_size())).item()
+            mean = distributed.all_reduce(total / (step * processes.world_size())).item()
             if not math.isfinite(mean):
                 raise Diverged(f"the training loss became {mean} within {step} steps of {description}")
             bar.set_postfix(loss=f"{mean:.3f}")

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.device import Machine, choose_machine
-from engine.images.batches import Data, ImagesOnDisk, load_data
+from engine.images.batches import Data, ImageRequest, ImagesOnDisk, load_data
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import scaled
@@ -30,15 +30,15 @@ def run(args: Namespace) -> int:
     points = list(zip(args.grid[::2], args.grid[1::2]))
     multipliers = [scaled(d, w, args.phi) for d, w in points]
     machine = choose_machine(args.cuda, args.amp, args.compile)
-    data = load_data(
+    request = ImageRequest(
         args.dataset or "CIFAR100",
         args.data_path,
-        machine.device,
         image_size=args.image_size,
         batch_size=args.batch_size,
         val_batch_size=args.val_batch_size,
         workers=args.workers,
     )
+    data = load_data(request, machine.device)
     save_dir = Path(args.save_dir)
     runs = [point_run(save_dir, d, w, data, args) for d, w in points]
     if args.resume:

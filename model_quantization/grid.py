@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from engine.device import Machine, choose_machine
-from engine.distributed import wait_for_all
+from engine.distributed import barrier
 from engine.evaluation import evaluate, rounded_to_16_bit
-from engine.images.batches import Data, load_data
+from engine.images.batches import Data, ImageRequest, load_data
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import wanted_spec
@@ -112,10 +112,9 @@ def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -
     """The data set that the flags name, else the checkpoint's; validation images only where nothing is trained."""
     name = args.dataset or checkpoint.extra.get("dataset") or "CIFAR100"
     row = row_of(checkpoint.spec["name"])
-    return load_data(
+    request = ImageRequest(
         name,
         args.data_path,
-        machine.device,
         image_size=args.image_size or checkpoint.extra.get("image_size") or (200 if name == "ImageNet" else None),
         val_image_size=row.image_size if row.validated_at_image_size else None,
         batch_size=args.batch_size,
@@ -124,6 +123,7 @@ def checkpoint_data(checkpoint: Checkpoint, args: Namespace, machine: Machine) -
         preprocessing=row.preprocessing,
         train=args.epochs + args.retrain_epochs > 0,
     )
+    return load_data(request, machine.device)
 
 
 def point_run(save_dir: Path, s: float, g: float, checkpoint: Checkpoint, data: Data, args: Namespace) -> Run:
@@ -169,7 +169,7 @@ def scored(run: Run, best: dict, data: Data, machine: Machine) -> dict:
 
     Counted on the `published` ruler, or on `challenge` where that has no form, at the size of the validation images.
     """
-    wait_for_all()  # until the first process has written that network
+    barrier()  # until the first process has written that network
     content = read_best(run, best["phase"])
     network = build(content["model"])
     network.load_state_dict(content["state_dict"])

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from engine.device import Machine
-from engine.distributed import wait_for_all
+from engine.distributed import barrier
 from engine.evaluation import Diverged, evaluate
 from engine.images.batches import Data
 from engine.program.errors import UserError
@@ -161,7 +161,7 @@ class Point:
 
     def _load_best(self) -> None:
         """Load the best epoch's network, assignments and centroids of the first phase."""
-        wait_for_all()
+        barrier()
         path = self.best_file(self.first_phase)
         content = read(path)
         with expecting(path, "the best network of this run"):

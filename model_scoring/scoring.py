@@ -13,7 +13,7 @@ from torch import nn
 
 from engine.device import choose_machine
 from engine.evaluation import Evaluation, evaluate, rounded_to_16_bit
-from engine.images.batches import load_data
+from engine.images.batches import ImageRequest, load_data
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import wanted_spec
@@ -153,16 +153,16 @@ def evaluate_network(
 ) -> Evaluation:
     """Evaluate the network as it is counted: with half precision, every parameter is rounded to 16 bit first."""
     machine = choose_machine(args.cuda, args.amp, args.compile)
-    data = load_data(
+    request = ImageRequest(
         dataset,
         args.data_path,
-        machine.device,
         image_size=image_size,
         val_batch_size=args.val_batch_size,
         workers=args.workers,
         preprocessing=row_of(checkpoint.spec["name"]).preprocessing,
         train=False,
     )
+    data = load_data(request, machine.device)
     checkpoint.check_classes(data.classes, data.name, args.data_path)
     network = rounded_to_16_bit(network) if args.halfprecision else copy.deepcopy(network)  # what is exported stays
     return evaluate(machine.place(network), data, machine)

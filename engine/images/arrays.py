@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from engine.program.errors import UserError
 from engine.store.files import write_whole
@@ -30,13 +33,13 @@ class ImageArrays(NamedTuple):
 def find_arrays(path: Path, with_train: bool) -> tuple[Path, Path] | None:
     """`train.npz` and `val.npz` or `test.npz` in `path`, or None; without the first, the second stands for both."""
     train, val = path / "train.npz", next((p for p in (path / "val.npz", path / "test.npz") if p.is_file()), None)
-    if val is None or with_train and not train.is_file():
+    if val is None or (with_train and not train.is_file()):
         return None
     return (train if with_train else val), val
 
 
 def read_arrays(file: Path) -> ImageArrays:
-    """Read an `.npz` file of images, without executing anything in it; UserError where it is damaged or something else."""
+    """Read an `.npz` file of images, executing nothing in it; UserError where it is damaged or something else."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images, labels, classes = arrays["images"], arrays["labels"], arrays["classes"].tolist()
@@ -80,3 +83,16 @@ def cached(
         np.savez(buffer, images=images, labels=labels, classes=np.array(classes))
         write_whole(buffer.getbuffer(), cache)
     return images, labels
+
+
+def as_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """uint8 images `[N, H, W, 3]` as `[N, 3, H, W]`, and their labels."""
+    return torch.from_numpy(images).movedim(3, 1).contiguous(), torch.from_numpy(labels)
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images `[N, C, H, W]` of 0 to 255 as uint8 `[N, C, size, size]`, bicubic."""
+    if images.dtype == torch.uint8 and images.shape[-2:] == (size, size):
+        return images
+    images = F.interpolate(images.float(), size=(size, size), mode="bicubic", align_corners=False)
+    return images.round().clamp(0, 255).to(torch.uint8)

@@ -16,22 +16,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from engine import distributed
 from engine.images.augment import Augmentation, normalise
+from engine.images.datasets import DATASETS, PHOTOGRAPH_SIZE, SMALL
+from engine.images.decoding import open_image
+from engine.images.folders import ClassFolders
 from engine.images.preprocessing import Transform, for_training, for_validation
-from engine.images.sources import ClassFolders, find_source, open_image
+from engine.images.sources import Source, find_source
 from engine.program import processes
 from engine.program.errors import UserError
 from engine.program.report import say
-from model.registry import OF_CIFAR_NETWORKS, Preprocessing, Statistics
+from model.registry import OF_CIFAR_NETWORKS, Preprocessing
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
-SMALL = 64  # px; class folders of larger images are treated as ImageNet is
-
-warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores: as told
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores, as requested
 
 
 @dataclass
@@ -60,7 +61,7 @@ class ImagesInMemory:
 
     @property
     def num_val_batches(self) -> int:
-        return -(-len(distributed.share(self.val[1])) // self.val_batch_size)
+        return -(-len(distributed.shard(self.val[1])) // self.val_batch_size)
 
     @property
     def num_train_images(self) -> int:
@@ -72,7 +73,7 @@ class ImagesInMemory:
 
     @cached_property
     def digest(self) -> str:
-        """Tells data sets apart that have the same name: SHA-256 of all images and labels."""
+        """What distinguishes data sets of the same name: SHA-256 of all images and labels."""
         sha = hashlib.sha256()
         for tensor in (*(self.train or ()), *self.val):
             sha.update(tensor.cpu().numpy())
@@ -89,12 +90,12 @@ class ImagesInMemory:
         if processes.rank():
             generator.manual_seed(seed + processes.rank())
         for batch in order.split(self.batch_size)[: self.num_train_batches]:
-            indices = distributed.share(batch)
+            indices = distributed.shard(batch)
             yield self.augmentation(images[indices], generator), labels[indices]
 
     def val_batches(self) -> Batches:
         """Every validation image once, in order, normalised; several processes share them."""
-        val = zip(*(distributed.share(tensor).split(self.val_batch_size) for tensor in self.val))
+        val = zip(*(distributed.shard(tensor).split(self.val_batch_size) for tensor in self.val), strict=True)
         for images, labels in val:
             yield normalise(images, self.augmentation.statistics), labels
 
@@ -114,12 +115,22 @@ class Photographs(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | UserError:
+        """An image and its label, or what is wrong with its file: an error that is raised arrives as a traceback."""
         file, label = self.files[index]
-        image = open_image(file)
+        try:
+            image = open_image(file)
+        except UserError as error:
+            return error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + index)
             return self.transform(image), label
+
+
+def _collate(items: list) -> list[Tensor] | UserError:
+    """Items as a batch, or the first error among them."""
+    errors = (item for item in items if isinstance(item, UserError))
+    return next(errors, None) or default_collate(items)
 
 
 @dataclass
@@ -143,7 +154,7 @@ class ImagesOnDisk:
 
     @property
     def num_val_batches(self) -> int:
-        return -(-len(distributed.share(range(len(self.val)))) // self.val_batch_size)
+        return -(-len(distributed.shard(range(len(self.val)))) // self.val_batch_size)
 
     @property
     def num_train_images(self) -> int:
@@ -155,7 +166,7 @@ class ImagesOnDisk:
 
     @cached_property
     def digest(self) -> str:
-        """Tells data sets apart that have the same name: SHA-256 of all files' names and sizes, below their root."""
+        """What distinguishes data sets of the same name: SHA-256 of all files' names and sizes, below their root."""
         files = [file for split in (self.train, self.val) if split for file, _ in split.files]
         root = os.path.commonpath(files)
         lines = (f"{os.path.relpath(file, root)} {os.path.getsize(file)}\n" for file in files)
@@ -168,12 +179,12 @@ class ImagesOnDisk:
         """
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
         starts = range(0, self.num_train_batches * self.batch_size, self.batch_size)
-        batches = [distributed.share(order[start : start + self.batch_size]) for start in starts]
+        batches = [distributed.shard(order[start : start + self.batch_size]) for start in starts]
         return self._on_device(self._loader(replace(self.train, seed=seed), batches))
 
     def val_batches(self) -> Batches:
         """Every validation image once, in order, normalised; several processes share them."""
-        order = distributed.share(range(len(self.val)))
+        order = distributed.shard(range(len(self.val)))
         starts = range(0, len(order), self.val_batch_size)
         return self._on_device(self._loader(self.val, [order[i : i + self.val_batch_size] for i in starts]))
 
@@ -183,89 +194,117 @@ class ImagesOnDisk:
             images,
             batch_sampler=batches,
             num_workers=self.workers,
+            collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # of the workers' seeds, which nothing uses: the global stream stays alone
         )
 
     def _on_device(self, loader: DataLoader) -> Batches:
-        try:
-            with _signals_held():
-                batches = iter(loader)
-            for images, labels in batches:
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        except UserError as error:  # of a worker process: its last line is the message, the rest a traceback
-            message = str(error).strip().splitlines()[-1].removeprefix("engine.program.errors.UserError: ")
-            error.__traceback__ = None  # a cycle that holds the loader: collected later, its workers end after seconds
-            del batches
-            raise UserError(message) from None
+        with _signals_held():
+            batches = iter(loader)
+        for batch in batches:
+            if isinstance(batch, UserError):
+                del batches  # else the error's traceback holds them, and the workers end only seconds later
+                raise batch
+            images, labels = batch
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
 Data = ImagesInMemory | ImagesOnDisk
 
 
-def load_data(
-    name: str,
-    path: str | Path,
-    device: torch.device,
-    image_size: int | None = None,
-    val_image_size: int | None = None,
-    batch_size: int = 256,
-    val_batch_size: int = 512,
-    workers: int = 4,
-    preprocessing: Preprocessing = OF_CIFAR_NETWORKS,
-    train: bool = True,
-) -> Data:
-    """Read the data set `name` from `path`; UserError where it is missing, empty or damaged.
+@dataclass(frozen=True)
+class ImageRequest:
+    """Which images are wanted, and how.
 
-    Args:
+    Attributes:
+        name: of the data set, one of `DATASETS`.
+        path: the folder that holds it.
         image_size: side in pixels; None takes 32 for the known sets of small images, their own for other small
             images, and 224 for photographs.
         val_image_size: side of validation images, where it differs (photographs only).
+        batch_size: training images of a step, over all processes.
+        val_batch_size: validation images of a batch of one process.
+        workers: processes that decode photographs.
         preprocessing: how photographs are resized, and all images normalised.
         train: read the training images too; without them, classes may lack validation images.
     """
-    if train and batch_size % processes.world_size():
+
+    name: str
+    path: str | Path
+    image_size: int | None = None
+    val_image_size: int | None = None
+    batch_size: int = 256
+    val_batch_size: int = 512
+    workers: int = 4
+    preprocessing: Preprocessing = OF_CIFAR_NETWORKS
+    train: bool = True
+
+
+def load_data(request: ImageRequest, device: torch.device) -> Data:
+    """Read the data set that is wanted; UserError where it is missing, empty or damaged."""
+    if request.train and request.batch_size % processes.world_size():
         raise UserError(
-            f"--batch-size {batch_size} can't be shared evenly by {processes.world_size()} processes; take a multiple"
+            f"--batch-size {request.batch_size} can't be shared evenly by {processes.world_size()} processes; "
+            f"take a multiple"
         )
     with distributed.first_process_first():
-        source = find_source(name, Path(path), with_train=train, threads=max(workers, 1))
-        photographs = isinstance(source, ClassFolders) and (
-            name == "ImageNet" or name == "folder" and source.largest_side > SMALL
-        )
-        if photographs:
-            size = image_size or 224
-            val_size = val_image_size or size
-            data = ImagesOnDisk(
-                name,
-                source.classes,
-                Photographs(source.files["train"], for_training(preprocessing, size)) if train else None,
-                Photographs(source.files["val"], for_validation(preprocessing, val_size)),
-                size,
-                val_size,
-                batch_size,
-                val_batch_size,
-                workers,
-                device,
-            )
+        source = find_source(request.name, Path(request.path), request.train, threads=max(request.workers, 1))
+        if isinstance(source, ClassFolders) and _are_photographs(request.name, source):
+            data = _on_disk(request, source, device)
         else:
-            size = image_size or source.native_size
-
-            def on_device(split: str) -> tuple[Tensor, Tensor]:
-                images, labels = source.read(split, size)
-                return images.to(device), labels.to(device)
-
-            data = ImagesInMemory(
-                name,
-                source.classes,
-                on_device("train") if train else None,
-                on_device("val"),
-                _augmentation(name, size, preprocessing.small_images),
-                batch_size,
-                val_batch_size,
-            )
-    say(f"{name if name == 'digits' else f'{name} in {path}'}: {describe(data)}")
+            data = _in_memory(request, source, device)
+    where = request.name if DATASETS[request.name].source == "scikit-learn" else f"{request.name} in {request.path}"
+    say(f"{where}: {describe(data)}")
     return data
+
+
+def _are_photographs(name: str, source: ClassFolders) -> bool:
+    photographs = DATASETS[name].photographs
+    return photographs == "always" or (photographs == "by size" and source.native_size > SMALL)
+
+
+def _on_disk(request: ImageRequest, source: ClassFolders, device: torch.device) -> ImagesOnDisk:
+    preprocessing = request.preprocessing
+    size = request.image_size or DATASETS[request.name].native_size or PHOTOGRAPH_SIZE
+    val_size = request.val_image_size or size
+    return ImagesOnDisk(
+        request.name,
+        source.classes,
+        Photographs(source.files["train"], for_training(preprocessing, size)) if request.train else None,
+        Photographs(source.files["val"], for_validation(preprocessing, val_size)),
+        size,
+        val_size,
+        request.batch_size,
+        request.val_batch_size,
+        request.workers,
+        device,
+    )
+
+
+def _in_memory(request: ImageRequest, source: Source, device: torch.device) -> ImagesInMemory:
+    facts = DATASETS[request.name]
+    size = request.image_size or facts.native_size or source.native_size
+
+    def on_device(split: str) -> tuple[Tensor, Tensor]:
+        images, labels = source.read(split, size)
+        return images.to(device), labels.to(device)
+
+    return ImagesInMemory(
+        request.name,
+        source.classes,
+        on_device("train") if request.train else None,
+        on_device("val"),
+        Augmentation(
+            facts.flip,
+            int(size * facts.padding),
+            facts.jitter,
+            int(size * facts.cutout),
+            request.preprocessing.small_images,
+        ),
+        request.batch_size,
+        request.val_batch_size,
+    )
 
 
 def describe(data: Data) -> str:
@@ -275,14 +314,6 @@ def describe(data: Data) -> str:
         size = "" if data.image_size == data.val_image_size else f" of {data.image_size} px"
         images = f"{data.num_train_images:,} training images{size} and {images}"
     return f"{len(data.classes):,} classes, {images}"
-
-
-def _augmentation(name: str, size: int, statistics: Statistics) -> Augmentation:
-    """The published augmentation of each data set; 4 px of padding and 16 px of Cutout are of 32 px images."""
-    flip = name not in ("digits", "MNIST")  # a mirrored digit is not a digit
-    if name == "CIFAR100":
-        return Augmentation(flip, size // 8, (0.3, 0.3, 0.3, 0.075), size // 2, statistics)
-    return Augmentation(flip, size // 8, statistics=statistics)
 
 
 @contextmanager

@@ -258,7 +258,7 @@ def _is_image_size(size: object) -> bool:
 
 
 TOLD = {  # what a checkpoint says of its network's training, and what a program here can have written there
-    "dataset": lambda name: name in DATASETS,
+    "dataset": lambda name: type(name) is str and name in DATASETS,
     "image_size": _is_image_size,
     "val_image_size": _is_image_size,
     "accuracy": lambda accuracy: type(accuracy) is float,

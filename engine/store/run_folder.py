@@ -79,7 +79,7 @@ class Run:
                 written = ("last.pt", "log.jsonl", "seconds")
                 for old in (*(self.folder / name for name in written), *self.folder.glob("best*.pt")):
                     old.unlink(missing_ok=True)
-        distributed.wait_for_all()
+        distributed.barrier()
         if resume and self.last.is_file():
             try:
                 content = _read_state(self.last)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.images.batches import Data, load_data
+from engine.images.batches import Data, ImageRequest, load_data
 from engine.program.errors import UserError
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def random_image(size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 
 
 
 def load(path: Path, name: str = "folder", **options) -> Data:
-    return load_data(name, path, CPU, **{"batch_size": 2, "val_batch_size": 3, "workers": 0, **options})
+    return load_data(ImageRequest(name, path, **{"batch_size": 2, "val_batch_size": 3, "workers": 0, **options}), CPU)
 
 
 def refusal(path: Path, name: str = "folder", **options) -> str:

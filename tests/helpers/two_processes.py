@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
     runner = machine.runner(network)
     network.eval()  # BatchNorm computes with what it has seen: images do not depend on their batch
     for step in range(STEPS):
-        batch = distributed.share(torch.arange(step * BATCH, (step + 1) * BATCH))
+        batch = distributed.shard(torch.arange(step * BATCH, (step + 1) * BATCH))
         optimizer.zero_grad()
         F.cross_entropy(runner(normalise(images[batch])), batch % CLASSES).backward()
         if step == 0:

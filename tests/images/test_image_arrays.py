@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.images.batches import ImagesInMemory, load_data
+from engine.images.batches import ImageRequest, ImagesInMemory, load_data
 from engine.program.errors import UserError
 from helpers.images import random_image
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def load(path: Path, **options) -> ImagesInMemory:
-    return load_data("folder", path, CPU, **{"batch_size": 2, **options})
+    return load_data(ImageRequest("folder", path, **{"batch_size": 2, **options}), CPU)
 
 
 def pack(path: Path, split: str, number: int = 6, size: int = 8, **replaced) -> dict:
@@ -71,7 +71,7 @@ def test_class_folders_are_decoded_once(make_folders, monkeypatch):
     path = make_folders()
     first = load(path)
     assert len(list((path / ".cache").iterdir())) == 2
-    monkeypatch.setattr("engine.images.sources._decode_all", None)  # whoever decodes now fails
+    monkeypatch.setattr("engine.images.folders.decode_all", None)  # whoever decodes now fails
     again = load(path)
     for one, two in ((first.train, again.train), (first.val, again.val)):
         assert all(map(torch.equal, one, two))

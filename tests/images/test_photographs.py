@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from engine.images.batches import ImagesInMemory, ImagesOnDisk
+from engine.program.errors import UserError
 from helpers.images import CLASSES, PHOTO, drawn, equal, load, pixels, random_image, refusal
 from model import row_of
 
@@ -160,3 +161,14 @@ def test_workers_outlive_the_ctrl_c_that_reaches_them(make_folders):
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
     assert count + sum(len(labels) for _, labels in batches) == 8
+
+
+def test_a_photograph_that_is_gone_ends_the_workers_at_once(make_folders):
+    path = make_folders(number=4, size=PHOTO)
+    data = load(path, image_size=8, workers=2)
+    gone = path / "test" / "dog" / "3.png"
+    gone.unlink()
+    with pytest.raises(UserError) as caught:
+        list(data.val_batches())
+    assert str(caught.value) == f"{gone}: is gone; restore it, or begin a run without it"
+    assert not multiprocessing.active_children()

@@ -226,14 +226,14 @@ def prepare(folder: Path) -> None:
     import model_compound_scaling.search  # noqa: F401
     import model_quantization.grid  # noqa: F401
     import model_scoring.scoring  # noqa: F401
-    from engine.images.batches import load_data
+    from engine.images.batches import ImageRequest, load_data
     from engine.images.datasets import DATA_PATH
     from engine.store.checkpoint import network_content, save
     from model import build
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    load_data("digits", DATA_PATH, torch.device("cpu"), image_size=8)  # imports scikit-learn
+    load_data(ImageRequest("digits", DATA_PATH, image_size=8), torch.device("cpu"))  # imports scikit-learn
     spec = {"name": "cifar_micronet", "depth": 0.14, "width": 0.5, "num_classes": 10}
     save(network_content(spec, build(spec), dataset="digits", image_size=8), folder / "tiny.pt")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torchvision import datasets
 
-import engine.images.batches
 import engine.program.launch
 import model_compound_scaling.training
 from engine.evaluation import Evaluation
+from engine.images.batches import ImageRequest, load_data
 from engine.program.errors import UserError
 from engine.program.launch import Parser, launch
 from engine.store.checkpoint import read
@@ -123,7 +123,9 @@ def test_a_run_belongs_to_one_process_until_that_dies(holder, tmp_path):
 def test_a_second_process_at_the_same_point_is_refused(tmp_path):
     scale(tmp_path, *POINT)
     (run,) = runs(tmp_path)
-    body = f"from pathlib import Path; from engine.store.files import hold; f = hold(Path({str(run / 'lock')!r})); input()"
+    body = (
+        f"from pathlib import Path; from engine.store.files import hold; f = hold(Path({str(run / 'lock')!r})); input()"
+    )
     (run / "result.json").unlink()
     (run / "lock").write_text("")
     with subprocess.Popen([sys.executable, "-c", body], cwd=ROOT, stdin=subprocess.PIPE) as other:
@@ -191,7 +193,7 @@ def test_photographs_that_vanish_while_training(make_folders, tmp_path, monkeypa
         gone.unlink(missing_ok=True)
 
     monkeypatch.setattr(engine.store.run_folder.Run, "save_epoch", save_epoch)
-    with pytest.raises(UserError, match=f"^{gone}: is gone; put it back"):
+    with pytest.raises(UserError, match=f"^{gone}: is gone; restore it"):
         scale(tmp_path, *POINT, "--dataset", "folder", "--data-path", str(path), "--batch-size", "4", "--workers", "1")
     (run,) = (folder for folder in runs(tmp_path) if folder != path)
     assert len(read(run / "last.pt")["history"]) == 1
@@ -205,7 +207,7 @@ def test_a_failed_download_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "MNIST", download)
     for path in (tmp_path / "data", tmp_path):
         with pytest.raises(UserError, match="MNIST can't be read there, nor downloaded"):
-            engine.images.batches.load_data("MNIST", path, torch.device("cpu"))
+            load_data(ImageRequest("MNIST", path), torch.device("cpu"))
         assert not list(tmp_path.iterdir())
 
 
@@ -233,7 +235,9 @@ def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     def run(args):
         raise error
 
-    monkeypatch.setattr(engine.program.launch.importlib, "import_module", lambda name: type("Program", (), {"run": run}))
+    monkeypatch.setattr(
+        engine.program.launch.importlib, "import_module", lambda name: type("Program", (), {"run": run})
+    )
     monkeypatch.setattr(sys, "argv", ["x", "--batch-size", "9"])
     parser = Parser(prog="x")
     parser.add_argument("--batch-size")

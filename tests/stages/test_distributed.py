@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import distributed
-from engine.images.batches import load_data
+from engine.images.batches import ImageRequest, load_data
 from engine.images.datasets import DATA_PATH
 from engine.program.errors import UserError
 from engine.store.checkpoint import network_content, read, save
@@ -97,17 +97,17 @@ def test_scaling_walks_its_grid_under_torchrun(tmp_path):
 def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(distributed, "told_by_first", lambda value: value)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
     with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
-        load_data("digits", DATA_PATH, torch.device("cpu"), batch_size=15)
-    load_data("digits", DATA_PATH, torch.device("cpu"), batch_size=15, train=False)
+        load_data(ImageRequest("digits", DATA_PATH, batch_size=15), torch.device("cpu"))
+    load_data(ImageRequest("digits", DATA_PATH, batch_size=15, train=False), torch.device("cpu"))
 
 
 def test_the_first_process_reads_first(monkeypatch):
     """What it downloads or decodes, the others find."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     order = []
-    monkeypatch.setattr(distributed, "told_by_first", lambda value: order.append("told") or True)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: order.append("told") or True)
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         with distributed.first_process_first():
@@ -118,7 +118,7 @@ def test_the_first_process_reads_first(monkeypatch):
 def test_what_fails_in_the_first_process_ends_the_others_in_silence(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     told = []
-    monkeypatch.setattr(distributed, "told_by_first", lambda value: told.append(value) or False)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: told.append(value) or False)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="no such folder"), distributed.first_process_first():
         raise UserError("no such folder")

@@ -20,7 +20,7 @@ import torch
 import model_compound_scaling.search
 import model_quantization.grid
 import model_scoring.scoring
-from engine.images.batches import load_data
+from engine.images.batches import ImageRequest, load_data
 from engine.program import memory
 from engine.program.errors import UserError
 from engine.program.memory import MIB, peak_memory
@@ -124,7 +124,7 @@ def test_classes_may_lack_images_where_nothing_is_trained(name, make_folders, ca
         file.unlink()
 
     def load(train: bool):
-        return load_data(name, path, torch.device("cpu"), image_size=8, workers=0, train=train)
+        return load_data(ImageRequest(name, path, image_size=8, workers=0, train=train), torch.device("cpu"))
 
     data = load(train=False)
     assert data.classes == ["ant", "bee", "cat"]
