@@ -27,7 +27,7 @@ from engine.store.checkpoint import (
     read_state_dict,
     save,
 )
-from engine.store.run_folder import write_text
+from engine.store.files import write_text
 from model import row_of
 from model.identify import check_wanted, describe, mismatches
 from model.selection import is_ternary
