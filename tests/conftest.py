@@ -1,19 +1,39 @@
-"""Shared by the tests: one thread, the system's signals, and class folders of tiny random images."""
+"""Every test computes the same on every machine: in 32 bit, on one thread, from the same seed; and what tests share."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from helpers.images import random_image
 
 torch.set_num_threads(1)  # tiny tensors: several threads wait longer for each other than one computes
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; programs started here inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plain_cpu() -> Iterator[None]:
+    """`--amp auto` means 32 bit: the CPU shows none of what it can. Tests of arithmetic say what it shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_seed() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:

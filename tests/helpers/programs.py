@@ -1,6 +1,5 @@
 """The three programs, run in this process or in one of their own, and programs with a body of a test's own."""
 
-import os
 import shlex
 import subprocess
 import sys
@@ -20,7 +19,6 @@ PROGRAMS = {
     "run_scoring.py": (scoring_parser, "model_scoring.scoring"),
 }
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 2}  # 1-1-1 blocks of 8-16-32
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run_here(command: str, monkeypatch) -> int | str | None:
@@ -36,7 +34,7 @@ def run_here(command: str, monkeypatch) -> int | str | None:
 def start(command: str, **options) -> subprocess.Popen:
     """Run a program in a process of its own."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, env=ENVIRONMENT, **pipes, **options)
+    return subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, **pipes, **options)
 
 
 def run_apart(command: str) -> tuple[int, str, str]:

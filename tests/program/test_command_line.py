@@ -104,8 +104,8 @@ def test_defaults_of_2019():
     assert scoring.cuda and not scoring.eval
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_cpu_is_taken_and_named(make_folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     save(network_content(TINY, build(TINY), dataset="folder", image_size=8), tmp_path / "tiny.pt")
     command = f"run_scoring.py --cuda --eval --data-path {make_folders()} --t-model {tmp_path}/tiny.pt"
     assert run_here(command, monkeypatch) == 0
@@ -162,7 +162,7 @@ def test_an_interruption_of_training_leaves_a_resumable_run(data, sent, said, ma
     size, suffix = ((8, 8), "png") if data == "small" else ((80, 70), "jpg")
     path = make_folders(number=4, size=size, suffix=suffix)
     command = (
-        f"run_compound_scaling.py --no-cuda --dataset folder --data-path {path} --image-size 8 --grid 0.1 0.3 "
+        f"run_compound_scaling.py --no-cuda --amp off --dataset folder --data-path {path} --image-size 8 --grid 0.1 0.3 "
         f"--phi 1 --epochs 5000 --batch-size 4 --workers 2 --save-dir {tmp_path}/runs"
     )
 

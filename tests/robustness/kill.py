@@ -25,7 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-DIGITS = "--dataset digits --image-size 8 --batch-size 479 --no-cuda".split()
+DIGITS = "--dataset digits --image-size 8 --no-cuda".split()
+TRAINING = "--batch-size 479 --amp off".split()
 CHAINS = {
     "run_compound_scaling.py": "--grid 0.14 0.5 0.14 0.6 --phi 1 --epochs 3 --lr 0.05 --save-dir results".split(),
     "run_quantization.py": (
@@ -44,8 +45,7 @@ PATIENCE = 120  # seconds until a signal must have ended a program
 
 
 def arguments(program: str) -> list[str]:
-    shared = [a for a in DIGITS if program != "run_scoring.py" or a not in ("--batch-size", "479")]
-    return shared + CHAINS[program]
+    return [*DIGITS, *(TRAINING if program != "run_scoring.py" else []), *CHAINS[program]]
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DIGITS = "--dataset digits --image-size 8 --batch-size 479 --no-cuda --save-dir results".split()
+DIGITS = "--dataset digits --image-size 8 --batch-size 479 --no-cuda --amp off --save-dir results".split()
 
 
 def commands(epochs: int) -> dict[str, list[str]]:

@@ -30,8 +30,7 @@ POINT = ["--grid", "0.14", "0.5", "--epochs", "3", "--lr", "0.05"]
 def program(command: str, **options) -> subprocess.CompletedProcess:
     """Run a program to its end in a process of its own."""
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, **options}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command.split()], cwd=ROOT, text=True, env=environment, **options)
+    return subprocess.run([sys.executable, *command.split()], cwd=ROOT, text=True, **options)
 
 
 def assert_one_line(done: subprocess.CompletedProcess, code: int, said: str) -> None:

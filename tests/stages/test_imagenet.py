@@ -355,6 +355,7 @@ def test_peak_memory_of_a_child_process_is_told_apart(monkeypatch, capsys):
 
 
 def test_peak_memory_names_a_gpu_only_where_one_was_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert "gpu" not in peak_memory()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
