@@ -11,86 +11,41 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-import model_compound_scaling.training
-import model_quantization.grid
-import model_quantization.training
-from engine.device import Machine
-from engine.evaluation import Evaluation
-from engine.images.augment import Augmentation
-from engine.images.batches import ImagesInMemory
 from engine.program.errors import UserError
 from engine.store.checkpoint import Checkpoint, network_content, read, read_network, save
 from engine.store.run_folder import Run, resume_from
 from helpers import ROOT
 from model import build
-from model_quantization.training import Point
+from model.selection import ternary_candidates
+from model_quantization.quantized_layers import TernaryLayers
 
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 2}  # 1-1-1 blocks of 8-16-32
-ARGUMENTS = Namespace(
-    **{"epochs": 1, "retrain_epochs": 1, "start_epoch": 0, "lr": 0.01, "lr2": 1e-3, "momentum": 0.9, "seed": 0},
-    **{"weight_decay": 1e-4, "schedule": "constant", "lambda_sustain": 0.0, "do_prune": False},
-)
-CPU = Machine(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def data() -> ImagesInMemory:
-    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    split = images, torch.tensor([0, 1, 0, 1])
-    return ImagesInMemory("digits", ["0", "1"], split, split, Augmentation(), 4, 4)
-
-
-def scale(data, run: Run) -> torch.nn.Module:
-    """Resume a finished training of stage 1: nothing but its state is read."""
-    network = build(TINY)
-    run.open(resume=True)
-    model_compound_scaling.training.train(network, TINY, data, CPU, ARGUMENTS, run)
-    return network
-
-
-def quantize(data, run: Run) -> torch.nn.Module:
-    """The same of stage 2, and what its table and plots read."""
-    torch.manual_seed(0)
-    checkpoint = Checkpoint(Path("tiny.pt"), TINY, build(TINY).state_dict())
-    run.open(resume=True)
-    point = Point(checkpoint, 0.3, 0.1, data, CPU, ARGUMENTS, run)
-    best = point.train()
-    model_quantization.grid.read_best(run, best["phase"])
-    return point.network
-
-
-@pytest.fixture(scope="module")
-def runs(data, tmp_path_factory) -> dict[Callable, Run]:
-    """A finished run of each stage; the first epoch is the best one, so that no other file makes up for its network."""
-    made = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for program in (model_compound_scaling.training, model_quantization.training):
-            patch.setattr(program, "evaluate", lambda *_: Evaluation(loss=1.0, correct=2, images=4))
-        for stage in (scale, quantize):
-            torch.manual_seed(0)
-            made[stage] = Run(tmp_path_factory.mktemp("runs"), stage.__name__, {"lr": 0.01, "seed": 0})
-            stage(data, made[stage])
-    return made
-
-
-@pytest.fixture(scope="module")
-def files(runs, tmp_path_factory) -> dict[str, bytes]:
+def files() -> dict[str, bytes]:
     """What the programs write, and a bare state dict, by name."""
     torch.manual_seed(0)
-    network, buffer, old = build(TINY), io.BytesIO(), io.BytesIO()
-    torch.save(network.state_dict(), buffer)
-    torch.save(network.state_dict(), old, _use_new_zipfile_serialization=False)
-    best = (runs[scale].folder / "best.pt").read_bytes()
-    ternary = (runs[quantize].folder / "best_ternarize.pt").read_bytes()
-    return {"best": best, "ternary": ternary, "bare": buffer.getvalue(), "old": old.getvalue()}
+    network = build(TINY)
+    told = {"dataset": "digits", "classes": ["0", "1"], "image_size": 8, "accuracy": 50.0}
+    best = network_content(TINY, network, **told)
+    layers = TernaryLayers(network, ternary_candidates(network, TINY["name"]), s=0.3, g=0.1)
+    ternary = network_content(TINY, network, **told, **layers.by_layer(), layers=layers.state_dict())
+    contents = {"best": best, "ternary": ternary, "bare": build(TINY).state_dict()}
+    made = {}
+    for name, content in contents.items():
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        made[name] = buffer.getvalue()
+    buffer = io.BytesIO()
+    torch.save(contents["bare"], buffer, _use_new_zipfile_serialization=False)
+    return made | {"old": buffer.getvalue()}
 
 
 def equal(one: object, other: object) -> bool:
@@ -205,40 +160,13 @@ def test_made_up_networks(name, files, tmp_path):
     assert 0 < accepted < 40
 
 
-@pytest.mark.parametrize(
-    ("stage", "file"), [(scale, "last.pt"), (quantize, "last.pt"), (quantize, "best_ternarize.pt")]
-)
-def test_made_up_states_of_runs(stage, file, data, runs, tmp_path):
-    draw, first = random.Random(2), runs[stage]
-    best = first.folder / file
-    original, accepted = read(best), 0
-    for i in range(60 if stage is scale else 30):
-        run = Run(tmp_path / str(i), stage.__name__, first.arguments)
-        run.folder.mkdir(parents=True)
-        for path in first.folder.glob("*.pt"):
-            os.link(path, run.folder / path.name)
-        changed = mutated(original, draw)
-        (run.folder / best.name).unlink()
-        torch.save(changed, run.folder / best.name)
-        try:
-            network = stage(data, run)
-        except UserError as error:
-            assert str(run.folder) in str(error) and len(str(error)) < 3000
-            continue
-        accepted += 1
-        if file == "last.pt":
-            assert equal(dict(network.state_dict()), dict(changed["state"]["network"]))
-    assert accepted < i
-
-
-@pytest.mark.parametrize("change", [{"lr": 0.02}, {"lr": None}, {"wd": 1}, {"seed": torch.zeros(3)}])
-def test_a_state_of_other_arguments_is_named(change, runs, tmp_path):
-    content = read(runs[scale].last)
-    content["arguments"] |= change
+@pytest.mark.parametrize("change", [{"lr": 0.02}, {"lr": None}, {"wd": 1}])
+def test_a_state_of_other_arguments_is_named(change, tmp_path):
+    run = Run(tmp_path, "x", {"lr": 0.01, "seed": 0})
+    content = {"arguments": run.arguments | change, "state": {"network": {}}, "history": [{"epoch": 1}]}
     save(content, tmp_path / "last.pt")
-    with pytest.raises(UserError, match=f"{next(iter(change))} was|holds no run's state"):
-        resume_from(tmp_path / "last.pt", [runs[scale]])
-    run = Run(tmp_path, "x", runs[scale].arguments)
+    with pytest.raises(UserError, match=f"{next(iter(change))} was"):
+        resume_from(tmp_path / "last.pt", [run])
     save(content, run.last)
     with pytest.raises(UserError, match="--no-resume starts this run afresh"):
         run.open(resume=True)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import engine
+import engine.fit
+import model_quantization.comparison
 import model_quantization.grid
 from engine.store.checkpoint import network_content, read, save
 from helpers.stages import FILES, assert_same_runs, interrupt_after, quantize, rates, runs
@@ -86,7 +88,7 @@ def test_a_best_network_that_was_not_saved_in_time_follows_from_the_state(
     resnet, whole, tmp_path, monkeypatch, bests_before
 ):
     """A process that ends between `last.pt` and the best network's file."""
-    saved, original = itertools.count(), model_quantization.training.save
+    saved, original = itertools.count(), engine.fit.save
 
     def save_until_killed(content: dict, path: Path) -> None:
         if next(saved) == bests_before:
@@ -94,7 +96,7 @@ def test_a_best_network_that_was_not_saved_in_time_follows_from_the_state(
         original(content, path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model_quantization.training, "save", save_until_killed)
+        patch.setattr(engine.fit, "save", save_until_killed)
         quantize(resnet, tmp_path, *FOUR_EPOCHS)
     quantize(resnet, tmp_path, *FOUR_EPOCHS)
     assert_same_results(whole, tmp_path)
@@ -183,13 +185,6 @@ def test_where_every_pair_diverges_that_is_an_error(resnet, tmp_path, capsys):
     assert said.count("best, diverged") == 1 and said.count("diverged\n") == 2
 
 
-@pytest.mark.parametrize(("accuracies", "losses", "best"), [((5, 6, 6), (1, 3, 2), 2), ((6, 6, 5), (1, 1, 0), 0)])
-def test_among_equally_accurate_epochs_the_smallest_loss_is_best(accuracies, losses, best, tmp_path):
-    run = engine.store.run_folder.Run(tmp_path, "x", {})
-    run.history = [{"accuracy": a, "val_loss": loss} for a, loss in zip(accuracies, losses)]
-    assert run.best is run.history[best]
-
-
 @pytest.mark.parametrize(("threshold", "said"), [([], "at 80% or more"), (["--threshold", "1.5"], "at 1.5% or more")])
 def test_the_threshold_is_the_users_or_the_challenges_and_is_said(resnet, tmp_path, capsys, threshold, said):
     arguments = "--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1 --select score".split()
@@ -209,7 +204,7 @@ def test_the_threshold_is_the_users_or_the_challenges_and_is_said(resnet, tmp_pa
 )
 def test_selection(rows, by, best):
     results = [{"accuracy": accuracy, "accuracy_16_bit": accuracy, "score": points} for accuracy, points in rows]
-    assert model_quantization.grid.select(results, by, 80.0) == best
+    assert model_quantization.comparison.select(results, by, 80.0) == best
 
 
 def test_the_threshold_must_hold_with_the_parameters_that_the_score_counts():
@@ -217,4 +212,4 @@ def test_the_threshold_must_hold_with_the_parameters_that_the_score_counts():
         {"accuracy": 80.2, "accuracy_16_bit": 80.1, "score": 3},
         {"accuracy": 80.0, "accuracy_16_bit": 79.9, "score": 2},
     ]
-    assert model_quantization.grid.select(results, "score", 80.0) == 0
+    assert model_quantization.comparison.select(results, "score", 80.0) == 0
