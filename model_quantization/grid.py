@@ -26,8 +26,8 @@ from model_quantization.comparison import Choice, compare, read_best
 from model_quantization.plots import plot_ternarization
 from model_quantization.pretrained import published_weights
 from model_quantization.training import Quantization, Recipe
-from rulers import challenge, published
-from rulers.tally import Widths, task_of
+from rulers import RULERS
+from rulers.tally import task_of
 
 
 def run(args: Namespace) -> int:
@@ -136,10 +136,8 @@ def scored(run: Run, best: dict, data: Data, machine: Machine) -> dict:
     network = build(content["model"])
     network.load_state_dict(content["state_dict"])
     name = content["model"]["name"]
-    if name in published.MODELS:
-        tally = published.count(network, name, data.val_image_size, Widths())
-    else:
-        tally = challenge.count(network.eval(), data.val_image_size, Widths(add=32))
+    ruler = next(ruler for ruler in RULERS.values() if ruler.knows(name))
+    tally = ruler.count(network, name, data.val_image_size, ruler.widths())
     evaluation = evaluate(machine.place(rounded_to_16_bit(network)), data, machine.in_32_bit())
     return {
         "accuracy_16_bit": evaluation.accuracy,

@@ -112,7 +112,7 @@ def files_name() -> str:
 
 
 def test_a_run_belongs_to_one_process_until_that_dies(holder, tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path}: process {holder.pid} on .* is at this run; wait for its end"):
+    with pytest.raises(UserError, match=f"{tmp_path}: process {holder.pid} on .* is working on this run; wait for its end"):
         hold(tmp_path / "lock")
     holder.send_signal(signal.SIGKILL)
     holder.wait()

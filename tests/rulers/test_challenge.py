@@ -11,6 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from helpers.tallies import batch_norm, counted, lines, total
 from model import build
+from rulers import RULERS
 from rulers.challenge import count
 from rulers.tally import Uncounted, Widths
 
@@ -321,7 +322,7 @@ def test_counting_leaves_everything_as_it_was(looks_at_values, two_threads):
     before = copy.deepcopy(network.state_dict())
     random = torch.get_rng_state()
     parameters = list(network.parameters())
-    count(network, 5, FULL)
+    RULERS["challenge"].count(network, "", 5, FULL)
     assert [module.training for module in network] == [True, False, True, True] and network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(now is then for now, then in zip(network.parameters(), parameters, strict=True))

@@ -13,6 +13,7 @@ from reference.make_checkpoint import make_state_dict
 from rulers import published
 from rulers.challenge import count
 from rulers.graph import trace
+from rulers.published import efficientnet, residual
 from rulers.tally import TASKS, Tally, Widths
 
 FULL = Widths(32, 32, 32)
@@ -128,7 +129,7 @@ def test_efficientnet_agrees_with_published_but_for_its_quirks(model, monkeypatc
         block, _, part = layer.name.rpartition(".")
         return found[f"{block}._depthwise_conv" if part.startswith("_se_") else layer.name][1]
 
-    monkeypatch.setattr(published, "_outputs", outputs)
+    monkeypatch.setattr(efficientnet, "_outputs", outputs)
     closed_form, tally = published.count(network, model, size, widths), count(network, size, widths)
     bits, mflop = bits_and_mflop(closed_form)
     for name, layer in network.named_modules():
@@ -149,7 +150,7 @@ def test_micronet_agrees_with_published_but_for_its_quirks(model, monkeypatch):
     found = resolutions(network, size)
     convolutions = [name for name in found if ".conv" in name]
     in_order = iter([name for name in found if "shortcut" in name] + convolutions)
-    monkeypatch.setattr(published, "_out", lambda *_, **__: found[next(in_order)][1])
+    monkeypatch.setattr(residual, "out_size", lambda *_, **__: found[next(in_order)][1])
     closed_form, tally = published.count(network, model, size, widths), count(network, size, widths)
 
     bits, mflop = bits_and_mflop(closed_form)

@@ -14,9 +14,10 @@ from helpers.tallies import counted
 from model import build
 from model.micronet import Layout, MicroNet
 from model.selection import ternary_candidates
+from model_scoring.pruning import prune_depthwise
 from reference.make_checkpoint import make_state_dict
-from rulers import published
-from rulers.published import count, prune_depthwise
+from rulers import RULERS, published
+from rulers.published import count, efficientnet
 from rulers.tally import TASKS, Group, Line, Tally, Widths
 
 CASES = json.loads((REFERENCE / "scores.json").read_text())
@@ -24,6 +25,18 @@ SPECS = {
     "cifar_micronet": {"depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100},
     "imagenet_micronet": {"depth": 1.2, "width": 1.3},
 }
+
+
+def test_the_table_of_rulers_knows_the_families_with_a_form():
+    assert RULERS["published"].families == tuple(published.FORMS)
+    assert RULERS["published"].models == [
+        "cifar_micronet",
+        "imagenet_micronet",
+        *(f"efficientnet-b{i}" for i in "1234"),
+        "resnet20",
+    ]
+    with pytest.raises(ValueError, match="published ruler has no form for mine:net, only for cifar_micronet"):
+        RULERS["published"].count(nn.Identity(), "mine:net", 8, Widths())
 
 
 # ------------------------------------------------------------------------------------------- reference scores
@@ -205,7 +218,7 @@ def test_efficientnet_in_full_precision_is_dense_and_larger():
 def test_resolution_is_halved_at_the_published_blocks(model, halved_at):
     with torch.device("meta"):
         network = build({"name": model})
-    parts, _ = published._block_layers(network)
+    parts, _ = efficientnet._block_layers(network)
     expected = [0.5 / 2 ** sum(i >= start for start in halved_at) for i in range(len(network._blocks))]
     assert [div for _, div in parts["_depthwise_conv"]] == expected
     assert [div for _, div in parts["_expand_conv"]] == expected[2:]
@@ -264,7 +277,9 @@ def costs(tally: Tally) -> list[tuple[float, float]]:
 
 
 def never_more(costs_of: list[tuple[float, float]], than: list[tuple[float, float]]) -> bool:
-    return all(a <= b + 1e-9 for ours, theirs in zip(costs_of, than) for a, b in zip(ours, theirs))
+    return all(
+        a <= b + 1e-9 for ours, theirs in zip(costs_of, than, strict=True) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -288,7 +303,7 @@ def test_scoring_parameters_of_a_group_are_truncated():
 def test_counting_leaves_torch_and_the_network_as_they_were(two_threads):
     network = small_micronet().train()
     before = copy.deepcopy(network.state_dict())
-    count(network, "cifar_micronet", 8, Widths())
+    RULERS["published"].count(network, "cifar_micronet", 8, Widths())
     assert torch.get_num_threads() == 2
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

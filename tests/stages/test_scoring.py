@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import engine
+import model_scoring.export
 import model_scoring.scoring
 from engine.store.checkpoint import network_content, read, save
 from helpers.stages import quantize, score
@@ -17,7 +18,7 @@ from model_scoring.masks import load_layer
 @pytest.mark.parametrize("coo", [False, True])
 def test_exported_layers_read_back_to_the_same_weights(resnet, tmp_path, monkeypatch, coo):
     quantize(resnet, tmp_path, *"--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
-    monkeypatch.setattr(model_scoring.scoring, "SAVED_LAYERS", str(tmp_path / "layers"))
+    monkeypatch.setattr(model_scoring.export, "SAVED_LAYERS", str(tmp_path / "layers"))
     score(tmp_path / "Ternary_best_acc.pt", *["--save", "--pt-sparse"][: 1 + coo])
     state_dict = read(tmp_path / "Ternary_best_acc.pt")["state_dict"]
     files = list((tmp_path / "layers" / "Ternary_best_acc").iterdir())
