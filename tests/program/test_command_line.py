@@ -158,6 +158,7 @@ def test_nobody_reads_any_more(tmp_path):
         ("photographs", signal.SIGINT, "interrupted"),
     ],
 )
+@pytest.mark.robustness
 def test_an_interruption_of_training_leaves_a_resumable_run(data, sent, said, make_folders, tmp_path):
     size, suffix = ((8, 8), "png") if data == "small" else ((80, 70), "jpg")
     path = make_folders(number=4, size=size, suffix=suffix)

@@ -24,6 +24,8 @@ from helpers.disk import small_disk
 from helpers.programs import script
 from helpers.stages import FILES, assert_same_runs, interrupt_after, runs, scale
 
+pytestmark = pytest.mark.robustness
+
 POINT = ["--grid", "0.14", "0.5", "--epochs", "3", "--lr", "0.05"]
 
 

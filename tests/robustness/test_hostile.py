@@ -33,6 +33,8 @@ from helpers import ROOT
 from model import build
 from model_quantization.training import Point
 
+pytestmark = pytest.mark.robustness
+
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 2}  # 1-1-1 blocks of 8-16-32
 ARGUMENTS = Namespace(
     **{"epochs": 1, "retrain_epochs": 1, "start_epoch": 0, "lr": 0.01, "lr2": 1e-3, "momentum": 0.9, "seed": 0},

@@ -13,6 +13,8 @@ from helpers.images import random_image
 from helpers.programs import TINY, run_apart, run_here
 from model import build
 
+pytestmark = pytest.mark.robustness
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:

@@ -117,7 +117,7 @@ def bits_and_mflop(tally: Tally) -> tuple[float, float]:
     return sum(group.total("bits") for group in tally.groups), tally.total_mflop
 
 
-@pytest.mark.parametrize("model", ["efficientnet-b1", "efficientnet-b4"])
+@pytest.mark.parametrize("model", ["efficientnet-b1", pytest.param("efficientnet-b4", marks=pytest.mark.robustness)])
 def test_efficientnet_agrees_with_published_but_for_its_quirks(model, monkeypatch):
     """The quirks: resolutions, skip additions, and two masks where signs need a bit for non-zeros only."""
     widths, size = Widths(16, 16, 32), SIZES[model]
@@ -141,7 +141,7 @@ def test_efficientnet_agrees_with_published_but_for_its_quirks(model, monkeypatc
     assert tally.uncounted == []
 
 
-@pytest.mark.parametrize("model", ["cifar_micronet", "imagenet_micronet"])
+@pytest.mark.parametrize("model", [pytest.param("cifar_micronet", marks=pytest.mark.robustness), "imagenet_micronet"])
 def test_micronet_agrees_with_published_but_for_its_quirks(model, monkeypatch):
     """The quirks: resolutions, residual additions, BatchNorms before convolutions, two masks for signs."""
     widths, size = Widths(16, 16, 32), SIZES[model]

@@ -168,6 +168,7 @@ def test_layers_of_lite():
     assert pruning_candidates(network, LITE["name"]) == ["_fc.weight"]
 
 
+@pytest.mark.robustness
 def test_lite_is_ternarized_pruned_packed_and_scored(make_folders, tmp_path, monkeypatch, capsys):
     path = make_folders(classes=("ant", "bee", "cat"), size=PHOTO, suffix="jpg")
     save(network_content(LITE, build(LITE)), tmp_path / "lite.pt")
