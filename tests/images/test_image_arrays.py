@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.images.batches import ImagesInMemory, load_data
 from engine.program.errors import UserError
-from helpers.images import random_image
-
-CPU = torch.device("cpu")
-
-
-def load(path: Path, **options) -> ImagesInMemory:
-    return load_data("folder", path, CPU, **{"batch_size": 2, **options})
+from helpers.images import load, random_image
 
 
 def pack(path: Path, split: str, number: int = 6, size: int = 8, **replaced) -> dict:

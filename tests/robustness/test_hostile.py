@@ -30,12 +30,12 @@ from engine.program.errors import UserError
 from engine.store.checkpoint import Checkpoint, network_content, read, read_network, save
 from engine.store.run_folder import Run, resume_from
 from helpers import ROOT
+from helpers.networks import TINY
 from model import build
 from model_quantization.training import Point
 
 pytestmark = pytest.mark.robustness
 
-TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 2}  # 1-1-1 blocks of 8-16-32
 ARGUMENTS = Namespace(
     **{"epochs": 1, "retrain_epochs": 1, "start_epoch": 0, "lr": 0.01, "lr2": 1e-3, "momentum": 0.9, "seed": 0},
     **{"weight_decay": 1e-4, "schedule": "constant", "lambda_sustain": 0.0, "do_prune": False},
