@@ -1,4 +1,7 @@
-"""Every test computes the same on every machine: in 32 bit, on one thread, from the same seed; and what tests share."""
+"""Every test computes the same on every machine: in 32 bit, on one thread, from the same seed; and what tests share.
+
+torch is imported where it is needed: it takes seconds, and the process that hands out the tests does without.
+"""
 
 import os
 import signal
@@ -6,13 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
-from helpers.images import random_image
-
-torch.set_num_threads(1)  # tiny tensors: several threads wait longer for each other than one computes
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: several threads wait longer for each other than one computes
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
@@ -24,6 +23,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background
 @pytest.fixture(autouse=True, scope="session")
 def plain_cpu() -> Iterator[None]:
     """`--amp auto` means 32 bit: the CPU shows none of what it can. Tests of arithmetic say what it shows."""
+    import torch
+
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
         yield
@@ -32,6 +34,8 @@ def plain_cpu() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def own_seed() -> None:
     """What a test draws does not depend on the tests before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -47,6 +51,8 @@ def own_signals() -> Iterator[None]:
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """For what must leave their number as it was."""
+    import torch
+
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -55,6 +61,7 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture
 def make_folders(tmp_path) -> Callable[..., Path]:
     """A function that writes `number` images a class and returns the folder, with train/ and test/ or as told."""
+    from helpers.images import random_image
 
     def make(
         name: str = "images",
@@ -94,6 +101,8 @@ def packed(tmp_path_factory) -> bytes:
 @pytest.fixture(scope="session")
 def resnet(tmp_path_factory) -> Path:
     """The checkpoint of a ResNet-20 for digits, untrained: enough wherever accuracy does not matter."""
+    import torch
+
     from engine.store.checkpoint import network_content, save
     from model import build
 

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
 from engine.images.batches import Data, ImageRequest, load_data
-from engine.program.errors import UserError
+from helpers import refusals
 
 CPU = torch.device("cpu")
 CHANNELS = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "CMYK": (4,)}
@@ -28,10 +27,7 @@ def load(path: Path, name: str = "folder", **options) -> Data:
 
 def refusal(path: Path, name: str = "folder", **options) -> str:
     """The message that reading `path` is answered with, checked to be one line."""
-    with pytest.raises(UserError) as caught:
-        load(path, name, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+    return refusals.refusal(load, path, name, **options)
 
 
 def pixels(path: Path, mode: str = "RGB") -> torch.Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from engine.store.checkpoint import Checkpoint
+from helpers.networks import reference_state
 from model import build
 from model_scoring import packing
 from model_scoring.packing import PackReport, read_packed, write_packed
-from reference.make_checkpoint import make_state_dict
 
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.1, "num_classes": 2}  # 8 channels, 3 blocks
 EXTRA = {"dataset": "CIFAR10", "image_size": 32, "accuracy": 91.01}
@@ -26,7 +26,7 @@ TERNARY, DENSE, VARIANCE = "layer1.0.conv1.weight", "linear.weight", "bn1.runnin
 def reference_tensors(name: str) -> dict[str, Tensor]:
     """The tensors of a reference checkpoint; shared, so not to be changed."""
     network = build(TINY if name == "tiny" else {"name": name})
-    return make_state_dict(network, "efficientnet" if name.startswith("efficientnet-b") else "micronet", salt=1)
+    return reference_state(network, name)
 
 
 def tiny(changed: dict[str, Tensor] | None = None, extra: dict | None = None) -> Checkpoint:

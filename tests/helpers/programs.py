@@ -18,7 +18,6 @@ PROGRAMS = {
     "run_quantization.py": (quantization_parser, "model_quantization.grid"),
     "run_scoring.py": (scoring_parser, "model_scoring.scoring"),
 }
-TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 2}  # 1-1-1 blocks of 8-16-32
 
 
 def run_here(command: str, monkeypatch) -> int | str | None:
@@ -33,13 +32,13 @@ def run_here(command: str, monkeypatch) -> int | str | None:
 
 def start(command: str, **options) -> subprocess.Popen:
     """Run a program in a process of its own."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, **pipes, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, **options)
 
 
-def run_apart(command: str) -> tuple[int, str, str]:
+def run_apart(command: str, **options) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a program in a process of its own."""
-    process = start(command)
+    process = start(command, **options)
     output, error = process.communicate()
     return process.returncode, output, error
 

@@ -2,7 +2,10 @@
 
 from torch import nn
 
-from rulers.tally import Line, Tally
+from rulers.tally import Line, Tally, Widths
+
+FULL = Widths(32, 32, 32)
+WIDTHS = Widths(16, 16, 32)
 
 
 def total(tally: Tally) -> tuple[float, float, float]:

@@ -248,8 +248,6 @@ def test_a_photograph_that_does_not_decode_is_named_once_it_is_met(damage, worke
 # ------------------------------------------------------------------------------------- what an epoch holds
 
 
-
-
 @pytest.fixture(params=["small", "photographs", "photographs, 2 workers"])
 def eleven(request, make_folders) -> Data:
     """Eleven images of a class each, in batches of 2."""

@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.images.batches import ImageRequest, ImagesInMemory, load_data
 from engine.program.errors import UserError
-from helpers.images import random_image
-
-CPU = torch.device("cpu")
-
-
-def load(path: Path, **options) -> ImagesInMemory:
-    return load_data(ImageRequest("folder", path, **{"batch_size": 2, **options}), CPU)
+from helpers.images import load, random_image
 
 
 def pack(path: Path, split: str, number: int = 6, size: int = 8, **replaced) -> dict:

@@ -158,7 +158,9 @@ def test_workers_outlive_the_ctrl_c_that_reaches_them(make_folders):
     data = load(make_folders(number=4, size=PHOTO), image_size=8, workers=2)
     batches = data.train_batches(0)
     count = len(next(batches)[1])
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
     assert count + sum(len(labels) for _, labels in batches) == 8
 

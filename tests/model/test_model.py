@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import model.identify
+from helpers.networks import TINY
 from model import ROWS, build
 from model.identify import expected_state_dict, mismatches, nearest
 from model.micronet import LAYOUTS, scale_depth, scale_width
 from model.selection import is_ternary, pruning_candidates, ternary_candidates
 
-TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 10}  # 1-1-1 blocks of 8-16-32
 CIFAR = {"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100}
 IMAGENET = {"name": "imagenet_micronet", "depth": 1.2, "width": 1.3, "num_classes": 1000}
 
@@ -120,7 +120,7 @@ def test_width_is_near_and_never_10_percent_below():
     for channels in (16, 24, 32, 40, 64, 80, 112, 192, 320):
         for multiplier in torch.linspace(0.5, 4, 200).tolist():
             scaled = scale_width(channels, multiplier)
-            assert scaled % 8 == 0 and 0.9 <= scaled / (channels * multiplier) and scaled - channels * multiplier <= 8
+            assert scaled % 8 == 0 and scaled / (channels * multiplier) >= 0.9 and scaled - channels * multiplier <= 8
 
 
 # ------------------------------------------------------------------------------------- what the networks compute

@@ -13,7 +13,8 @@ import torch
 from engine.program import arguments
 from engine.program.launch import EXIT_NOBODY_READS, Parser
 from engine.store.checkpoint import network_content, save
-from helpers.programs import PROGRAMS, TINY, run_apart, run_here, script, start
+from helpers.networks import TINY
+from helpers.programs import PROGRAMS, run_apart, run_here, script, start
 from model import build
 from model_compound_scaling.arguments import parser as scaling_parser
 from model_quantization.arguments import parser as quantization_parser
@@ -160,12 +161,13 @@ def test_nobody_reads_any_more(tmp_path):
         ("photographs", signal.SIGINT, "interrupted"),
     ],
 )
+@pytest.mark.robustness
 def test_an_interruption_of_training_leaves_a_resumable_run(data, sent, said, make_folders, tmp_path):
     size, suffix = ((8, 8), "png") if data == "small" else ((80, 70), "jpg")
     path = make_folders(number=4, size=size, suffix=suffix)
     command = (
-        f"run_compound_scaling.py --no-cuda --amp off --dataset folder --data-path {path} --image-size 8 --grid 0.1 0.3 "
-        f"--phi 1 --epochs 5000 --batch-size 4 --workers 2 --save-dir {tmp_path}/runs"
+        f"run_compound_scaling.py --no-cuda --amp off --dataset folder --data-path {path} --image-size 8 "
+        f"--grid 0.1 0.3 --phi 1 --epochs 5000 --batch-size 4 --workers 2 --save-dir {tmp_path}/runs"
     )
 
     def heed_ctrl_c() -> None:  # a shell ignores it for what runs in the background, these tests perhaps

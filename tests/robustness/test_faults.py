@@ -21,21 +21,18 @@ from engine.store.checkpoint import read
 from engine.store.files import UNFINISHED, hold, write_whole
 from helpers import ROOT
 from helpers.disk import small_disk
-from helpers.programs import script
+from helpers.programs import run_apart, script
 from helpers.stages import FILES, assert_same_runs, interrupt_after, runs, scale
+
+pytestmark = pytest.mark.robustness
 
 POINT = ["--grid", "0.14", "0.5", "--epochs", "3", "--lr", "0.05"]
 
 
-def program(command: str, **options) -> subprocess.CompletedProcess:
-    """Run a program to its end in a process of its own."""
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, **options}
-    return subprocess.run([sys.executable, *command.split()], cwd=ROOT, text=True, **options)
-
-
-def assert_one_line(done: subprocess.CompletedProcess, code: int, said: str) -> None:
-    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
-    assert re.search(said, done.stderr), done.stderr
+def assert_one_line(ending: tuple[int, str, str], code: int, said: str) -> None:
+    returned, _, error = ending
+    assert (returned, error.count("\n")) == (code, 1), error
+    assert re.search(said, error), error
 
 
 # ------------------------------------------------------------------------------------- kills
@@ -43,10 +40,10 @@ def assert_one_line(done: subprocess.CompletedProcess, code: int, said: str) -> 
 
 def test_killed_anywhere_and_resumed_to_the_same_bytes():
     """Six kills; `python tests/robustness/kill.py --kills 200` is the long form."""
-    done = program("tests/robustness/kill.py --kills 6 --seed 3", stdout=subprocess.PIPE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 kills" in done.stdout
-    assert re.search(r"all [1-9]\d* ended in the bytes of an uninterrupted run", done.stdout)  # starts depend on timing
+    code, output, error = run_apart("tests/robustness/kill.py --kills 6 --seed 3")
+    assert code == 0, output + error
+    assert "6 kills" in output
+    assert re.search(r"all [1-9]\d* ended in the bytes of an uninterrupted run", output)  # starts depend on timing
 
 
 @pytest.mark.parametrize("late", ["log.jsonl", "result.json"])
@@ -122,9 +119,8 @@ def test_a_run_belongs_to_one_process_until_that_dies(holder, tmp_path):
 def test_a_second_process_at_the_same_point_is_refused(tmp_path):
     scale(tmp_path, *POINT)
     (run,) = runs(tmp_path)
-    body = (
-        f"from pathlib import Path; from engine.store.files import hold; f = hold(Path({str(run / 'lock')!r})); input()"
-    )
+    lock = str(run / "lock")
+    body = f"from pathlib import Path; from engine.store.files import hold; f = hold(Path({lock!r})); input()"
     (run / "result.json").unlink()
     (run / "lock").write_text("")
     with subprocess.Popen([sys.executable, "-c", body], cwd=ROOT, stdin=subprocess.PIPE) as other:
@@ -170,8 +166,8 @@ def test_a_disk_that_fills_up_while_training(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_console_on_a_full_disk(tmp_path):
     with open("/dev/full", "w") as full:
-        done = program(script("print('x' * 9, flush=True)", tmp_path), stdout=full)
-    assert_one_line(done, 2, "No space left on device; mend that")
+        ending = run_apart(script("print('x' * 9, flush=True)", tmp_path), stdout=full)
+    assert_one_line(ending, 2, "No space left on device; mend that")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -215,7 +211,7 @@ def test_a_failed_download_leaves_no_folder(tmp_path, monkeypatch):
 
 def test_a_machine_without_enough_memory(tmp_path):
     body = "import torch; torch.empty(2**50)"
-    assert_one_line(program(script(body, tmp_path)), 1, "error: out of memory .*allocate.*; take a smaller network")
+    assert_one_line(run_apart(script(body, tmp_path)), 1, "error: out of memory .*allocate.*; take a smaller network")
 
 
 @pytest.mark.parametrize(
@@ -234,9 +230,8 @@ def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     def run(args):
         raise error
 
-    monkeypatch.setattr(
-        engine.program.launch.importlib, "import_module", lambda name: type("Program", (), {"run": run})
-    )
+    program = type("Program", (), {"run": run})
+    monkeypatch.setattr(engine.program.launch.importlib, "import_module", lambda name: program)
     monkeypatch.setattr(sys, "argv", ["x", "--batch-size", "9"])
     parser = Parser(prog="x")
     parser.add_argument("--batch-size")

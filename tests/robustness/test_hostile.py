@@ -21,11 +21,12 @@ from engine.program.errors import UserError
 from engine.store.checkpoint import Checkpoint, network_content, read, read_network, save
 from engine.store.run_folder import Run, resume_from
 from helpers import ROOT
+from helpers.networks import TINY
 from model import build
 from model.selection import ternary_candidates
 from model_quantization.quantized_layers import TernaryLayers
 
-TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 2}  # 1-1-1 blocks of 8-16-32
+pytestmark = pytest.mark.robustness
 
 
 @pytest.fixture(scope="module")

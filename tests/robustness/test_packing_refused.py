@@ -28,6 +28,8 @@ from model import build
 from model_scoring import coding, packing
 from model_scoring.packing import ENTRY, read_packed, stored_values
 
+pytestmark = pytest.mark.robustness
+
 # ----------------------------------------------------------------------------------------------- bad input
 
 

@@ -9,13 +9,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from helpers.tallies import batch_norm, counted, lines, total
+from helpers.tallies import FULL, batch_norm, counted, lines, total
 from model import build
 from rulers import RULERS
 from rulers.challenge import count
 from rulers.tally import Uncounted, Widths
-
-FULL = Widths(32, 32, 32)
 
 
 class Apply(nn.Module):

@@ -1,6 +1,6 @@
 """The challenge ruler on whole networks: the challenge's baselines, and the closed forms of `published`."""
 
-import functools
+import copy
 
 import pytest
 import torch
@@ -8,16 +8,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from model import build
-from reference.make_checkpoint import make_state_dict
+from helpers.networks import reference_network
+from helpers.tallies import FULL, WIDTHS
 from rulers import published
 from rulers.challenge import count
 from rulers.graph import trace
 from rulers.published import efficientnet, residual
-from rulers.tally import TASKS, Tally, Widths
-
-FULL = Widths(32, 32, 32)
-
+from rulers.tally import TASKS, Tally
 
 # ------------------------------------------------------------------------------ the challenge's baselines
 
@@ -85,20 +82,13 @@ def test_mobilenet_v2_is_about_the_baseline_of_imagenet():
 
 # -------------------------------------------------------------------- against the closed forms of `published`
 
-SPECS = {
-    "cifar_micronet": {"depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100},
-    "imagenet_micronet": {"depth": 1.2, "width": 1.3},
-}
 SIZES = {"cifar_micronet": 32, "imagenet_micronet": 200, "resnet20": 32}
 SIZES |= {"efficientnet-b1": 256, "efficientnet-b4": 380}
 
 
-@functools.cache
-def reference_network(model: str) -> nn.Module:
+def without_dead_filters(model: str) -> nn.Module:
     """The network of a reference checkpoint, but with a weight in each filter that has none."""
-    network = build({"name": model, **SPECS.get(model, {})})
-    family = "efficientnet" if model.startswith("efficientnet-b") else "micronet"
-    network.load_state_dict(make_state_dict(network, family, 1))
+    network = copy.deepcopy(reference_network(model))
     for weight in (parameter.data for parameter in network.parameters() if parameter.ndim == 4):
         weight[(weight == 0).flatten(1).all(dim=1), 0, 0, 0] = weight.max()
     return network
@@ -118,11 +108,11 @@ def bits_and_mflop(tally: Tally) -> tuple[float, float]:
     return sum(group.total("bits") for group in tally.groups), tally.total_mflop
 
 
-@pytest.mark.parametrize("model", ["efficientnet-b1", "efficientnet-b4"])
+@pytest.mark.parametrize("model", ["efficientnet-b1", pytest.param("efficientnet-b4", marks=pytest.mark.robustness)])
 def test_efficientnet_agrees_with_published_but_for_its_quirks(model, monkeypatch):
     """The quirks: resolutions, skip additions, and two masks where signs need a bit for non-zeros only."""
-    widths, size = Widths(16, 16, 32), SIZES[model]
-    network = reference_network(model)
+    widths, size = WIDTHS, SIZES[model]
+    network = without_dead_filters(model)
     found = resolutions(network, size)
 
     def outputs(layer, div, size):
@@ -142,11 +132,11 @@ def test_efficientnet_agrees_with_published_but_for_its_quirks(model, monkeypatc
     assert tally.uncounted == []
 
 
-@pytest.mark.parametrize("model", ["cifar_micronet", "imagenet_micronet"])
+@pytest.mark.parametrize("model", [pytest.param("cifar_micronet", marks=pytest.mark.robustness), "imagenet_micronet"])
 def test_micronet_agrees_with_published_but_for_its_quirks(model, monkeypatch):
     """The quirks: resolutions, residual additions, BatchNorms before convolutions, two masks for signs."""
-    widths, size = Widths(16, 16, 32), SIZES[model]
-    network = reference_network(model)
+    widths, size = WIDTHS, SIZES[model]
+    network = without_dead_filters(model)
     found = resolutions(network, size)
     convolutions = [name for name in found if ".conv" in name]
     in_order = iter([name for name in found if "shortcut" in name] + convolutions)

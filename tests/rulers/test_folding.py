@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.tallies import batch_norm, counted, lines, total
+from helpers.tallies import WIDTHS, batch_norm, counted, lines, total
 from model import build
 from model.selection import ternary_candidates
 from rulers.challenge import count
 from rulers.tally import Widths
 
-WIDTHS = Widths(16, 16, 32)
 ONE_BIT = Widths(1, 1, 1)  # all weights are stored dense then
 
 

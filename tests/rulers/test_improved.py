@@ -8,15 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from helpers.tallies import lines, total
+from helpers.tallies import WIDTHS, lines, total
 from model import build
 from model.selection import ternary_candidates
 from rulers import challenge, improved
 from rulers.storage import Matrix, challenge_formats, improved_formats, smallest
 from rulers.tally import Widths
-
-WIDTHS = Widths(16, 16, 32)
-
 
 # --------------------------------------------------------------------------------------------- the adder tree
 

@@ -1,7 +1,6 @@
 """The published ruler: the reference scores to the last digit, small networks counted by hand, and laws."""
 
 import copy
-import functools
 import json
 import math
 
@@ -10,21 +9,17 @@ import torch
 from torch import nn
 
 from helpers import REFERENCE
+from helpers.networks import reference_network
 from helpers.tallies import counted
 from model import build
 from model.micronet import Layout, MicroNet
 from model.selection import ternary_candidates
 from model_scoring.pruning import prune_depthwise
-from reference.make_checkpoint import make_state_dict
 from rulers import RULERS, published
 from rulers.published import count, efficientnet
 from rulers.tally import TASKS, Group, Line, Tally, Widths
 
 CASES = json.loads((REFERENCE / "scores.json").read_text())
-SPECS = {
-    "cifar_micronet": {"depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100},
-    "imagenet_micronet": {"depth": 1.2, "width": 1.3},
-}
 
 
 def test_the_table_of_rulers_knows_the_families_with_a_form():
@@ -40,15 +35,6 @@ def test_the_table_of_rulers_knows_the_families_with_a_form():
 
 
 # ------------------------------------------------------------------------------------------- reference scores
-
-
-@functools.cache
-def reference_network(model: str, salt: int) -> nn.Module:
-    """The network of a reference checkpoint; shared, so not to be changed."""
-    network = build({"name": model, **SPECS.get(model, {})})
-    family = "efficientnet" if model.startswith("efficientnet-b") else "micronet"
-    network.load_state_dict(make_state_dict(network, family, salt))
-    return network
 
 
 def flag(case: dict, name: str, default: str) -> str:

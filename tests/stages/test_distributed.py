@@ -33,6 +33,7 @@ def alone_and_two(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"process_{name}.pt") for name in ("0_of_1", "0_of_2", "1_of_2")]
 
 
+@pytest.mark.robustness
 def test_processes_hold_bit_identical_networks(alone_and_two):
     _, first, second = alone_and_two
     assert torch.equal(first["gradient"], second["gradient"])
@@ -42,6 +43,7 @@ def test_processes_hold_bit_identical_networks(alone_and_two):
     assert first["epoch_loss"] == second["epoch_loss"] and first["evaluation"] == second["evaluation"]
 
 
+@pytest.mark.robustness
 def test_halves_of_a_batch_are_a_step_of_the_whole_batch(alone_and_two):
     """Gradients are averaged before EC2T scales them: every weight, centroid and assignment is as in one process."""
     alone, first, _ = alone_and_two
@@ -54,6 +56,7 @@ def test_halves_of_a_batch_are_a_step_of_the_whole_batch(alone_and_two):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.robustness
 def test_processes_share_every_image_once(alone_and_two):
     alone, first, second = alone_and_two
     for part, images in (("evaluated_on", 67), ("trained_on", 64)):  # 64: the incomplete last batch is left out
@@ -63,6 +66,7 @@ def test_processes_share_every_image_once(alone_and_two):
     assert alone["evaluation"][0] == pytest.approx(first["evaluation"][0], rel=1e-5)
 
 
+@pytest.mark.robustness
 def test_stages_run_under_torchrun_and_one_process_speaks(tmp_path):
     torch.manual_seed(0)
     spec = {"name": "resnet20", "num_classes": 10}
@@ -82,6 +86,7 @@ def test_stages_run_under_torchrun_and_one_process_speaks(tmp_path):
     assert read(tmp_path / "Ternary_best_acc.pt")["accuracy"] == max(record["accuracy"] for record in history)
 
 
+@pytest.mark.robustness
 def test_scaling_walks_its_grid_under_torchrun(tmp_path):
     done = torchrun(
         *("run_compound_scaling.py", "--save-dir", str(tmp_path)),
@@ -128,6 +133,7 @@ def test_what_fails_in_the_first_process_ends_the_others_in_silence(monkeypatch,
 
 
 @pytest.mark.parametrize("environment, said", [({"RANK": "3"}, 1), ({"RANK": "3", "WORLD_SIZE": "4"}, 0)])
+@pytest.mark.robustness
 def test_a_wrong_command_line_is_said_once(environment, said):
     """By the first of several processes; what a cluster sets for other ends, a rank alone, silences nobody."""
     command = [sys.executable, "run_scoring.py"]

@@ -244,8 +244,7 @@ def test_pruning_keeps_trained_values_and_trains_them():
     assert (layers.quantized[~kept] == 0).all()
 
 
-def test_a_step_with_the_right_sign_lowers_the_loss():
-    """Both centroids move towards a target on their own side of zero, the negative one too."""
+def test_both_centroids_move_towards_a_target_on_their_side_of_zero():
     torch.manual_seed(0)
     layers = layers_of(torch.randn(50, 50), g=0.0)
     optimizer = EC2TOptimizer(layers, [], 1e-9, 1e-2, 0.0)

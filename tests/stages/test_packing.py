@@ -63,6 +63,7 @@ def test_packing_twice_gives_the_same_file(tmp_path: Path, packed: bytes) -> Non
 floats = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-1, 1, width=16) | st.just(0.0)
 
 
+@pytest.mark.robustness
 @settings(max_examples=40, deadline=None)
 @given(values=st.lists(floats, min_size=16, max_size=16), vector=st.lists(floats, min_size=8, max_size=8))
 def test_any_values_are_restored_as_stored_and_stay(

@@ -5,21 +5,19 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from engine.program.errors import UserError
 from engine.program.network_flags import scaled, wanted_spec
 from engine.store.checkpoint import find, network_content, read, read_network, save
 from engine.store.files import write_whole
 from helpers.disk import small_disk
+from helpers.networks import TINY
+from helpers.refusals import refusal
 from model import build
-
-TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.5, "num_classes": 10}  # 1-1-1 blocks of 8-16-32
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +29,6 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def tensors(network) -> dict:
     return network.state_dict()
-
-
-def refusal(call: Callable, *arguments) -> str:
-    """The message of the UserError that `call` ends with, checked to be one line."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 # ------------------------------------------------------------------------------------- what is written comes back
@@ -88,7 +78,7 @@ LAYOUTS = {
 def test_other_layouts_are_read(layout, tensors, tmp_path):
     torch.save(layout(tensors), tmp_path / "x.th")
     checkpoint = read_network(tmp_path / "x.th")
-    assert checkpoint.spec["name"] == "cifar_micronet" and checkpoint.spec["num_classes"] == 10
+    assert checkpoint.spec["name"] == "cifar_micronet" and checkpoint.spec["num_classes"] == TINY["num_classes"]
     restored = checkpoint.network().state_dict()
     assert all(torch.equal(restored[name], tensor) for name, tensor in without_counters(tensors).items())
 
@@ -232,12 +222,12 @@ def test_odd_pickles_cause_no_warning(tmp_path, recwarn):
 
 
 BAD_TENSORS = {
-    "NaN": ({"linear.bias": torch.full((10,), torch.nan)}, "linear.bias holds NaN"),
+    "NaN": ({"linear.bias": torch.full((2,), torch.nan)}, "linear.bias holds NaN"),
     "infinite": ({"bn1.bias": torch.full((8,), -torch.inf)}, "bn1.bias holds NaN or infinite"),
     "beyond float32": ({"bn1.bias": torch.full((8,), 1e300, dtype=torch.float64)}, "bn1.bias holds NaN or infinite"),
     "integer": ({"conv1.weight": torch.ones(8, 3, 3, 3, dtype=torch.int8)}, "conv1.weight is strided of int8"),
     "complex": ({"conv1.weight": torch.ones(8, 3, 3, 3) * 1j}, "conv1.weight is strided of complex64"),
-    "sparse": ({"linear.weight": torch.eye(10, 32).to_sparse()}, "linear.weight is sparse_coo of float32"),
+    "sparse": ({"linear.weight": torch.eye(2, 32).to_sparse()}, "linear.weight is sparse_coo of float32"),
     "without values": ({"bn1.bias": torch.zeros(8, device="meta")}, "bn1.bias is strided of float32 on meta"),
     "one value said to be many": ({"bn1.bias": torch.zeros(1).expand(8)}, "bn1.bias claims more values"),
     "missing": ({"layer1.0.conv1.weight": None}, "layer1.0.conv1.weight is missing"),
@@ -265,7 +255,7 @@ def test_tensors_of_no_known_network(tmp_path):
     "changes, said",
     [
         ({"depth": 0.2}, "--dw-multps 0.2 0.5 --phi 1, but layer1.1.bn1.weight is missing (and "),
-        ({"num_classes": 7}, "linear.weight is 10x32 where 7x32 is needed (and 1 more)"),
+        ({"num_classes": 7}, "linear.weight is 2x32 where 7x32 is needed (and 1 more)"),
         ({"name": "imagenet_micronet"}, "--model imagenet_micronet"),
         ({"name": "resnet20"}, "can't be built"),
         ({"depth": 1e6}, "the depth multiplier 1e+06 is not above 0 and at most 32"),
@@ -346,9 +336,9 @@ def test_multipliers_do_not_matter_to_networks_without(tmp_path):
 def test_another_number_of_classes_is_an_error(network, tmp_path):
     save(network_content(TINY, network), tmp_path / "x.pt")
     checkpoint = read_network(tmp_path / "x.pt")
-    checkpoint.check_classes(list("0123456789"), "digits", "../data")
-    message = refusal(checkpoint.check_classes, ["cat", "dog"], "folder", "pets")
-    assert "x.pt has 10 classes, but folder in pets has 2; pass the --dataset and --data-path" in message
+    checkpoint.check_classes(["ant", "bee"], "folder", "insects")
+    message = refusal(checkpoint.check_classes, ["ant", "bee", "cat"], "folder", "pets")
+    assert "x.pt has 2 classes, but folder in pets has 3; pass the --dataset and --data-path" in message
 
 
 # ------------------------------------------------------------------------------------- finding files

@@ -1,22 +1,13 @@
 """A run's folder: found again by its arguments, resumed from its state, readable by people."""
 
 import json
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from engine.program.errors import UserError
 from engine.store.run_folder import Run, resume_from
 from engine.training import derived_seed
-
-
-def refusal(call: Callable, *arguments) -> str:
-    """The message of the UserError that `call` ends with, checked to be one line."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+from helpers.refusals import refusal
 
 
 @pytest.fixture
