@@ -101,10 +101,10 @@ def fit(learner: Learner, phases: Sequence[Phase], run: Run) -> dict[str, Any]:
             save(learner.best_network(best), run.folder / phase.best_file)
         say(learner.line(phase, record, best))
 
-    begun, epoch = 0, phases[0].first
+    begun, trained = 0, phases[0].first
     if run.state:
         with expecting(run.last, "the state of this run"):
-            begun, epoch, best = _continue(learner, phases, run)
+            begun, trained, best = _continue(learner, phases, run)
     else:
         learner.begin(phases[0], None)
         if phases[0].evaluate_first:
@@ -113,8 +113,8 @@ def fit(learner: Learner, phases: Sequence[Phase], run: Run) -> dict[str, Any]:
         for i, phase in enumerate(phases[begun:], begun):
             if i > begun:
                 _begin_with_best(learner, phase, phases[i - 1], run)
-                epoch = phase.first
-            for epoch in range(epoch, phase.epochs):
+                trained = phase.first
+            for epoch in range(trained, phase.epochs):
                 note(phase, epoch + 1, learner.train_epoch(phase, epoch))
     except Diverged as error:
         say(f"  stopped: {error}; try a smaller --lr than {learner.initial_lr:g}")

@@ -1,4 +1,7 @@
-"""One row a network: every fact that the programs know of it. Imports no torch, so that command lines are parsed at once."""
+"""One row a network: every fact that the programs know of it.
+
+Imports no torch, so that command lines are parsed at once.
+"""
 
 from __future__ import annotations
 

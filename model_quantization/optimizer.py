@@ -39,7 +39,7 @@ class EC2TOptimizer:
 
     def scale_learning_rates(self, factor: float) -> None:
         """Set every learning rate to `factor` times its initial value."""
-        for group, lr in zip(self.adam.param_groups, self._initial_lr):
+        for group, lr in zip(self.adam.param_groups, self._initial_lr, strict=True):
             group["lr"] = factor * lr
 
     def zero_grad(self) -> None:

@@ -28,7 +28,7 @@ def plot_ternarization(content: dict, run: Run) -> Path:
     n_n, n_0, n_p = (torch.tensor([(a == value).sum() for a in assignments]).double() for value in (-1, 0, 1))
     numel = n_n + n_0 + n_p
     shares = (torch.stack([n_n, n_0, n_p]) / numel).numpy()
-    w_p, w_n = (np.array(values) for values in zip(*(c.tolist() for c in content["centroids"].values())))
+    w_p, w_n = (np.array(values) for values in zip(*(c.tolist() for c in content["centroids"].values()), strict=True))
     layers = np.arange(shares.shape[1])
     figure = Figure(figsize=(11, 12), layout="constrained")
     axes = figure.subplots(4)
@@ -70,7 +70,8 @@ def plot_sweep(results: list[dict], best: int, threshold: float | None, title: s
     for number, s in enumerate(sorted({r["s"] for r in results})):
         points = sorted((r["g"], r["zeros"], r["accuracy"]) for r in results if r["s"] == s)
         marker = "osD^v<>ph*"[number % 10]
-        axes.plot(*zip(*(point[1:] for point in points)), f"{marker}:", color=f"C{number % 10}", label=f"s {s:g}")
+        _, *place = zip(*points, strict=True)
+        axes.plot(*place, f"{marker}:", color=f"C{number % 10}", label=f"s {s:g}")
         for g, *point in points:
             axes.annotate(f"{g:g}", point, xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=30)
     axes.plot(zeros[best], accuracy[best], "o", ms=13, mfc="none", mec=POSITIVE, label="best")
@@ -120,7 +121,7 @@ def plot_layers(assignments: dict[str, Tensor], result: dict, title: str, path: 
 def _stack(axes: Axes, shares: np.ndarray, colours: tuple[str, ...], labels: tuple[str, ...]) -> None:
     """Stacked bars, one a layer, of shares `[kinds, layers]` that sum to 1."""
     layers = np.arange(shares.shape[1])
-    for share, bottom, colour, label in zip(shares, np.cumsum(shares, 0) - shares, colours, labels):
+    for share, bottom, colour, label in zip(shares, np.cumsum(shares, 0) - shares, colours, labels, strict=True):
         axes.bar(layers, share, 1, bottom=bottom, color=colour, label=label)
     axes.set(ylabel="share of weights", ylim=(0, 1), xlim=(-0.5, len(layers) - 0.5))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

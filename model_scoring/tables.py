@@ -65,8 +65,10 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
             f"parameters rounded to {value} bit)"
         )
     for name, tally in tallies.items():
-        for entry in tally.uncounted:
-            lines.append(f"Uncounted  {name}: {entry.operation}, {entry.count} times in {entry.place or 'the network'}")
+        lines += [
+            f"Uncounted  {name}: {entry.operation}, {entry.count} times in {entry.place or 'the network'}"
+            for entry in tally.uncounted
+        ]
     return "\n".join(lines)
 
 

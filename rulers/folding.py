@@ -164,7 +164,7 @@ def _layer(node: Node) -> Layer | None:
         input, weight, bias = arguments["self"], arguments["mat2"], None
     else:
         return None
-    if weight.data is None or bias is not None and bias.data is None:
+    if weight.data is None or (bias is not None and bias.data is None):
         return None
     weights = weight.data if node.operation == "convolution" else weight.data.t()
     return Layer(node, input, weight, bias, weights.reshape(*weights.shape[:2], -1))

@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        if action.default is None or action.default is False and action.nargs == 0:
+        if action.default is None or (action.default is False and action.nargs == 0):
             return action.help
         return super()._get_help_string(action)
 

@@ -25,10 +25,10 @@ def progress(items: Iterable, description: str, total: int) -> tqdm:
 def table(headers: Sequence[str], rows: Iterable[Sequence]) -> str:
     """Lay out rows under headers, first column left, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in (headers, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     first = [row[0].ljust(widths[0]) for row in cells]
-    lines = [left + line[widths[0] :] for left, line in zip(first, lines)]
+    lines = [left + line[widths[0] :] for left, line in zip(first, lines, strict=True)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

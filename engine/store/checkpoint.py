@@ -82,7 +82,7 @@ class Checkpoint:
         """Say aloud where the network was trained on classes of other names, or in another order."""
         known = self.extra.get("classes", classes)
         if known != classes:
-            i = next(i for i, (one, other) in enumerate(zip(known, classes)) if one != other)
+            i = next(i for i, (one, other) in enumerate(zip(known, classes, strict=True)) if one != other)
             say(
                 f"OTHER CLASSES: {self.path} was trained on classes of other names or in another order than those in "
                 f"{data_path}: number {i + 1} was {known[i]!r} and is {classes[i]!r}"
@@ -213,14 +213,15 @@ def read_network(path: Path, wanted: dict | None = None) -> Checkpoint:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Identify the network in the file `path` in here: what is wrong with it becomes a UserError that names the file."""
+    """Identify the network in the file `path` in here: what is wrong with it becomes a UserError that names it."""
     try:
         yield
     except OtherNetwork as error:
         raise UserError(f"{path} {error}") from None
     except ValueError as error:
         raise UserError(
-            f"{path}: {error}; {_another(path)}; run_scoring.py scores networks of your own with --model module:function"
+            f"{path}: {error}; {_another(path)}; "
+            f"run_scoring.py scores networks of your own with --model module:function"
         ) from None
 
 

@@ -91,7 +91,7 @@ class Run:
             self._lock = self._lock or hold(self.folder / "lock")
 
     def adopt(self, path: Path, content: dict) -> None:
-        """Take over `content`, read from `path`, the `last.pt` of a run with the same arguments, and what is beside it."""
+        """Take over `content` of `path`, the `last.pt` of a run with the same arguments, and what is beside it."""
         if path.resolve() != self.last.resolve():
             self._hold()
             (self.folder / "result.json").unlink(missing_ok=True)

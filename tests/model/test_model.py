@@ -88,7 +88,7 @@ def test_channels_and_resolution_of_each_stage(name, stem, channels, sizes):
     network = meta({"name": name})
     x = network.bn1(network.conv1(torch.zeros(1, 3, 32, 32, device="meta")))
     assert tuple(x.shape) == (1, stem, 32, 32)
-    for stage, (number, size) in enumerate(zip(channels, sizes), start=1):
+    for stage, (number, size) in enumerate(zip(channels, sizes, strict=True), start=1):
         x = getattr(network, f"layer{stage}")(x)
         assert tuple(x.shape) == (1, number, size, size)
 
@@ -120,7 +120,7 @@ def test_width_is_near_and_never_10_percent_below():
     for channels in (16, 24, 32, 40, 64, 80, 112, 192, 320):
         for multiplier in torch.linspace(0.5, 4, 200).tolist():
             scaled = scale_width(channels, multiplier)
-            assert scaled % 8 == 0 and 0.9 <= scaled / (channels * multiplier) and scaled - channels * multiplier <= 8
+            assert scaled % 8 == 0 and scaled / (channels * multiplier) >= 0.9 and scaled - channels * multiplier <= 8
 
 
 # ------------------------------------------------------------------------------------- what the networks compute

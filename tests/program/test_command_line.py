@@ -164,8 +164,8 @@ def test_an_interruption_of_training_leaves_a_resumable_run(data, sent, said, ma
     size, suffix = ((8, 8), "png") if data == "small" else ((80, 70), "jpg")
     path = make_folders(number=4, size=size, suffix=suffix)
     command = (
-        f"run_compound_scaling.py --no-cuda --amp off --dataset folder --data-path {path} --image-size 8 --grid 0.1 0.3 "
-        f"--phi 1 --epochs 5000 --batch-size 4 --workers 2 --save-dir {tmp_path}/runs"
+        f"run_compound_scaling.py --no-cuda --amp off --dataset folder --data-path {path} --image-size 8 "
+        f"--grid 0.1 0.3 --phi 1 --epochs 5000 --batch-size 4 --workers 2 --save-dir {tmp_path}/runs"
     )
 
     def heed_ctrl_c() -> None:  # a shell ignores it for what runs in the background, these tests perhaps

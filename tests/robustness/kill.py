@@ -154,10 +154,11 @@ def become(program: str, work: str, number: int, access: int) -> None:
     def watch(event: str, details: tuple) -> None:
         nonlocal count
         if event in EVENTS and isinstance(details[0], str | os.PathLike):
-            if os.fspath(details[0]).startswith(RESULTS):
-                count += 1
-                if count == access:
-                    os.kill(os.getpid(), number)
+            if not os.fspath(details[0]).startswith(RESULTS):
+                return
+            count += 1
+            if count == access:
+                os.kill(os.getpid(), number)
 
     sys.addaudithook(watch)
     sys.argv = [program, *arguments(program)]

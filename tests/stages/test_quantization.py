@@ -108,7 +108,7 @@ def test_resume_refuses_states_of_other_runs(resnet, tmp_path, monkeypatch):
         interrupt_after(patch, 1)
         quantize(resnet, tmp_path / "first", *arguments)
     (last,) = (run / "last.pt" for run in runs(tmp_path / "first"))
-    with pytest.raises(engine.program.errors.UserError, match="lr was 0.0001 and is 0.5"):
+    with pytest.raises(engine.program.errors.UserError, match=r"lr was 0\.0001 and is 0\.5"):
         quantize(resnet, tmp_path / "second", *arguments, "--lr", "0.5", "--resume", str(last))
     with pytest.raises(engine.program.errors.UserError, match="no run's state"):
         quantize(resnet, tmp_path / "second", *arguments, "--resume", str(resnet))
@@ -179,7 +179,7 @@ def test_pruning_a_network_without_dense_layers_is_refused(resnet, tmp_path):
 
 def test_where_every_pair_diverges_that_is_an_error(resnet, tmp_path, capsys):
     arguments = "--ini-c-divrs 0.3 0.5 --lambda-max-divrs 0.1 --epochs 1 --retrain-epochs 0 --lr 1e35 --lr2 1e30"
-    with pytest.raises(engine.program.errors.UserError, match="every pair diverged, see above; try a smaller --lr than 1e"):
+    with pytest.raises(engine.program.errors.UserError, match="every pair diverged, see above; try a smaller --lr"):
         quantize(resnet, tmp_path, *arguments.split())
     said = capsys.readouterr().out
     assert said.count("best, diverged") == 1 and said.count("diverged\n") == 2
