@@ -80,9 +80,14 @@ def main() -> None:
     model = checkpoint.spec["name"]
     machine = Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.amp)
     request = ImageRequest(
-        "ImageNet", args.data_path, image_size=row_of(model).image_size, val_batch_size=args.batch_size,
-        workers=0, preprocessing=row_of(model).preprocessing, train=False,
-    )  # fmt: skip
+        "ImageNet",
+        args.data_path,
+        image_size=row_of(model).image_size,
+        val_batch_size=args.batch_size,
+        workers=0,
+        preprocessing=row_of(model).preprocessing,
+        train=False,
+    )
     data = load_data(request, machine.device)
     checkpoint.check_classes(data.classes, data.name, args.data_path)
     baseline = evaluate(machine.place(checkpoint.network()), data, machine).accuracy
