@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class Machine:
         """Move `network` to the device, in channels-last layout: faster on CPUs, and on GPUs in mixed precision."""
         if self.device.type == "cuda" and self.amp == "off":
             return network.to(self.device)
-        return network.to(self.device, memory_format=torch.channels_last)
+        layout: dict[str, Any] = {"memory_format": torch.channels_last}  # which torch does not annotate
+        return network.to(self.device, **layout)
 
     def in_32_bit(self) -> "Machine":
         """The same device without mixed precision: accuracy that others can reproduce."""
@@ -43,9 +45,10 @@ class Machine:
             network = DistributedDataParallel(network)
         elif self.device.type == "cuda" and torch.cuda.device_count() > 1:
             network = nn.DataParallel(Autocast(network, self))
-        return torch.compile(network) if self.compile else network
+        compiled: Any = torch.compile(network) if self.compile else network
+        return compiled
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context in which forward passes run."""
         if self.amp == "off":
             return contextlib.nullcontext()
@@ -110,5 +113,5 @@ def fastest_arithmetic(device: torch.device) -> str:
     """What `--amp auto` means on `device`: bf16 where the hardware has it, fp16 on older GPUs, else off."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if any(capabilities.get(name) for name in BF16_CAPABILITIES) else "off"
