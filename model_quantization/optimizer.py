@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from engine.store.checkpoint import Content
 from engine.training import load_moments
 from model_quantization.quantized_layers import TernaryLayers
 
@@ -52,9 +53,9 @@ class EC2TOptimizer:
         self.adam.step()
         self.layers.assign()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> Content:
         return {"adam": self.adam.state_dict(), "layers": self.layers.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Content) -> None:
         load_moments(self.adam, state["adam"])
         self.layers.load_state_dict(state["layers"])

@@ -10,19 +10,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from engine.store.checkpoint import Content
 from engine.store.files import write_whole
-from engine.store.run_folder import Run
+from engine.store.run_folder import Record, Run
 from model_quantization import ec2t
 
 POSITIVE, ZERO, NEGATIVE = "#c2553f", "#d9d9d9", "#3f6fa8"
 DARK, GREEN, GREY = "#333333", "#3f8f5f", "#8a8a8a"
 
 
-def plot_ternarization(content: dict, run: Run) -> Path:
+def plot_ternarization(content: Content, run: Run, result: Record) -> Path:
     """Draw accuracy and zeros over the epochs, and each layer's clusters, centroids and entropy at the best epoch.
 
     Args:
         content: the best epoch's checkpoint, with `assignments` and `centroids` by layer.
+        run: which has the log of all epochs.
+        result: of the run.
     """
     assignments = content["assignments"].values()
     n_n, n_0, n_p = (torch.tensor([(a == value).sum() for a in assignments]).double() for value in (-1, 0, 1))
@@ -33,7 +36,7 @@ def plot_ternarization(content: dict, run: Run) -> Path:
     figure = Figure(figsize=(11, 12), layout="constrained")
     axes = figure.subplots(4)
 
-    log, result = run.log, run.result
+    log = run.log
     epochs = np.arange(len(log))
     axes[0].plot(epochs, [r["accuracy"] for r in log], "o-", ms=3, color=DARK, label="accuracy")
     axes[0].plot(epochs, [r["zeros"] for r in log], "s-", ms=3, color=GREEN, label="zeros")
@@ -60,7 +63,7 @@ def plot_ternarization(content: dict, run: Run) -> Path:
     return _save(figure, run.folder / "ternarization.png")
 
 
-def plot_sweep(results: list[dict], best: int, threshold: float | None, title: str, path: Path) -> Path:
+def plot_sweep(results: list[Record], best: int, threshold: float | None, title: str, path: Path) -> Path:
     """Draw accuracy over zeros of every grid point, the Pareto front, and the accuracy to hold where there is one."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -72,8 +75,8 @@ def plot_sweep(results: list[dict], best: int, threshold: float | None, title: s
         marker = "osD^v<>ph*"[number % 10]
         _, *place = zip(*points, strict=True)
         axes.plot(*place, f"{marker}:", color=f"C{number % 10}", label=f"s {s:g}")
-        for g, *point in points:
-            axes.annotate(f"{g:g}", point, xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=30)
+        for g, x, y in points:
+            axes.annotate(f"{g:g}", (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=30)
     axes.plot(zeros[best], accuracy[best], "o", ms=13, mfc="none", mec=POSITIVE, label="best")
     if threshold is not None:
         axes.axhline(threshold, color=GREY, ls="--", label=f"{threshold:g}% to hold")
@@ -105,7 +108,7 @@ def kept_and_deleted(assignment: Tensor) -> tuple[float, float, float]:
     return share, 1 - whole - share, whole
 
 
-def plot_layers(assignments: dict[str, Tensor], result: dict, title: str, path: Path) -> Path:
+def plot_layers(assignments: dict[str, Tensor], result: Record, title: str, path: Path) -> Path:
     """Draw each layer's weights as kept, deleted within kernels, and deleted as whole channels."""
     shares = [kept_and_deleted(assignment) for assignment in assignments.values()]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
