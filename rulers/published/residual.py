@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from model import micronet as micronets
+from model import resnet as resnets
 from rulers.published.terms import (
     RELU,
     Layer,
@@ -23,6 +25,8 @@ from rulers.tally import Group, Line
 # (biases, multiplications, additions) that stand beside a convolution, from its index, n, live_in, live_out.
 Extras = Callable[[int, int, int, int], tuple[int, int, int]]
 
+Block = TypeVar("Block", bound=nn.Module)
+
 
 class Beside(NamedTuple):
     """What stands beside the convolutions of blocks: `extras` of each, and the operations of the `last` activation."""
@@ -31,41 +35,44 @@ class Beside(NamedTuple):
     last: tuple[int, int]
 
 
-def micronet(network: nn.Module, size: int, b: int) -> tuple[list[Group], int]:
+def micronet(network: micronets.MicroNet, size: int, b: int) -> tuple[list[Group], int]:
     """Groups and `params` of MicroNet."""
     shortcuts, ternary = [], []
-    for name, block in _blocks(network):
+    for name, block in _blocks(network, micronets.Block):
         ternary.append(Layer(f"{name}.conv1", block.conv1, (block.bn1, block.bn2)))
         ternary.append(Layer(f"{name}.conv2", block.conv2, (block.bn3,)))
         if len(block.shortcut):
-            shortcuts.append(Layer(f"{name}.shortcut.0", block.shortcut[0], (block.shortcut[1],)))
+            convolution, norm = block.shortcut
+            assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+            shortcuts.append(Layer(f"{name}.shortcut.0", convolution, (norm,)))
     return _residual_groups(network, shortcuts, ternary, size, b, Beside(_micronet_extras, last=RELU))
 
 
-def resnet(network: nn.Module, size: int, b: int) -> tuple[list[Group], int]:
+def resnet(network: resnets.ResNet20, size: int, b: int) -> tuple[list[Group], int]:
     """Groups and `params` of ResNet-20 by MicroNet's forms; our reading, the 2019 programs did not score it.
 
     Its shortcuts have no weights, and its last ReLU is already one of `_resnet_extras`.
     """
     ternary = []
-    for name, block in _blocks(network):
+    for name, block in _blocks(network, resnets.Block):
         ternary.append(Layer(f"{name}.conv1", block.conv1, (block.bn1,)))
         ternary.append(Layer(f"{name}.conv2", block.conv2, (block.bn2,)))
     return _residual_groups(network, [], ternary, size, b, Beside(_resnet_extras, last=(0, 0)))
 
 
-def _blocks(network: nn.Module) -> list[tuple[str, nn.Module]]:
+def _blocks(network: nn.Module, kind: type[Block]) -> list[tuple[str, Block]]:
     """The residual blocks with their names, `layer1.0` and so on, in the network's order."""
     return [
         (f"{stage}.{i}", block)
         for stage, blocks in network.named_children()
         if isinstance(blocks, nn.Sequential)
         for i, block in blocks.named_children()
+        if isinstance(block, kind)
     ]
 
 
 def _residual_groups(
-    network: nn.Module,
+    network: micronets.MicroNet | resnets.ResNet20,
     shortcuts: list[Layer],
     ternary: list[Layer],
     size: int,
