@@ -1,6 +1,7 @@
 """What a score looks like: the listing of one ruler, the summary of all, before beside after, and JSON."""
 
 from dataclasses import asdict
+from typing import Any
 
 from engine.evaluation import Evaluation
 from engine.program.report import table, with_unit
@@ -87,7 +88,7 @@ def before_and_after(
     return table(["", "before", "after"], rows)
 
 
-def as_dict(tally: Tally, task: Task) -> dict:
+def as_dict(tally: Tally, task: Task) -> dict[str, Any]:
     """A tally with its sums, ready for JSON."""
     return {
         **asdict(tally),
