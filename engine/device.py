@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed
@@ -54,12 +55,12 @@ class Machine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.amp == "bf16" else torch.float16)
 
-    def gradient_scaler(self) -> torch.amp.GradScaler:
+    def gradient_scaler(self) -> GradScaler:
         """What keeps float16's gradients in range; does nothing in other arithmetic.
 
         Each epoch takes a new one, so that a resumed run needs no scale from the epoch before.
         """
-        return torch.amp.GradScaler(self.device.type, init_scale=LOSS_SCALE, enabled=self.amp == "fp16")
+        return GradScaler(self.device.type, init_scale=LOSS_SCALE, enabled=self.amp == "fp16")
 
 
 class Autocast(nn.Module):
