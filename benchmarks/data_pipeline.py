@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.plain import plain_loader  # noqa: E402
-from engine.images.augment import Augmentation  # noqa: E402
-from engine.images.batches import ImagesInMemory  # noqa: E402
-from engine.program.report import table  # noqa: E402
+from benchmarks.plain import plain_loader
+from engine.images.augment import Augmentation
+from engine.images.batches import ImagesInMemory
+from engine.program.report import table
 
 AUGMENTATIONS = {
     "flip, crop": Augmentation(True, 4),
@@ -57,7 +57,8 @@ def main() -> None:
             ours = ImagesInMemory("folder", [], split, split, augmentation, args.batch_size, args.batch_size)
             plain = plain_loader(images, labels, args.batch_size, rich=augmentation.jitter is not None)
             times = [(seconds(ours.train_batches(i), device), seconds(plain, device)) for i in range(args.rounds + 1)]
-            ours_rate, plain_rate = (used / statistics.median(column) for column in zip(*times[1:]))  # first: warm-up
+            columns = zip(*times[1:], strict=True)  # without the warm-up
+            ours_rate, plain_rate = (used / statistics.median(column) for column in columns)
             rows.append(
                 [f"{device.type}: {name}", f"{plain_rate:,.0f}", f"{ours_rate:,.0f}", f"{ours_rate / plain_rate:.1f}x"]
             )

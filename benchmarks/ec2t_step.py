@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.program.report import table  # noqa: E402
-from model import build  # noqa: E402
-from model.selection import ternary_candidates  # noqa: E402
-from model_quantization.optimizer import EC2TOptimizer  # noqa: E402
-from model_quantization.quantized_layers import TernaryLayers  # noqa: E402
+from engine.program.report import table
+from model import build
+from model.selection import ternary_candidates
+from model_quantization.optimizer import EC2TOptimizer
+from model_quantization.quantized_layers import TernaryLayers
 
 S, G = 0.45, 0.15
 NETWORKS = {
@@ -61,7 +61,7 @@ class LiteralEC2T:
             q.grad = None
 
     def step(self) -> None:
-        for w, q, a, (w_p, w_n) in zip(self.w, self.q, self.assignment, self.centroids):
+        for w, q, a, (w_p, w_n) in zip(self.w, self.q, self.assignment, self.centroids, strict=True):
             plus, minus = (a == 1).float(), (a == -1).float()
             w_p.grad, w_n.grad = (q.grad * plus).sum(), -(q.grad * minus).sum()
             w.grad = q.grad * (w_p * plus + w_n * minus + (a == 0).float())
@@ -71,7 +71,7 @@ class LiteralEC2T:
 
     @torch.no_grad()
     def assign(self) -> None:
-        for i, (w, q, pair) in enumerate(zip(self.w, self.q, self.centroids)):
+        for i, (w, q, pair) in enumerate(zip(self.w, self.q, self.centroids, strict=True)):
             for c in pair:
                 c.clamp_(min=0.675 * w.std().item())
             w_p, w_n = pair

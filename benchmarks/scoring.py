@@ -18,12 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.program.report import table, with_unit  # noqa: E402
-from engine.store.checkpoint import Checkpoint  # noqa: E402
-from model import build  # noqa: E402
-from model.selection import ternary_candidates  # noqa: E402
-from model_scoring.packing import read_packed, write_packed  # noqa: E402
-from rulers import RULERS  # noqa: E402
+from engine.program.report import table, with_unit
+from engine.store.checkpoint import Checkpoint
+from model import build
+from model.selection import ternary_candidates
+from model_scoring.packing import read_packed, write_packed
+from rulers import RULERS
 
 SPECS = {
     "cifar_micronet": ({"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100}, 32),

@@ -32,13 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.plain import plain_loader, plain_step  # noqa: E402
-from engine.device import Machine, fastest_arithmetic  # noqa: E402
-from engine.images.augment import Augmentation  # noqa: E402
-from engine.images.batches import ImagesInMemory  # noqa: E402
-from engine.program.report import table  # noqa: E402
-from engine.training import train_epoch  # noqa: E402
-from model import build  # noqa: E402
+from benchmarks.plain import plain_loader, plain_step
+from engine.device import Machine, fastest_arithmetic
+from engine.images.augment import Augmentation
+from engine.images.batches import ImagesInMemory
+from engine.program.report import table
+from engine.training import train_epoch
+from model import build
 
 CLASSES = 100
 LOOPS = ("device", "amp", "compile")
@@ -130,7 +130,7 @@ def main() -> None:
         epochs = [plain_epoch(spec, images, labels, args.batch_size, device)]
         epochs += [our_epoch(spec, images, labels, args.batch_size, machines[loop]) for loop in args.loops]
         times = [[seconds(epoch, device) for epoch in epochs] for _ in range(args.rounds + 1)][1:]
-        speeds = [count / statistics.median(column) for column in zip(*times)]
+        speeds = [count / statistics.median(column) for column in zip(*times, strict=True)]
         rates.append([name, *(f"{speed:,.0f} ({speed / speeds[0]:.1f}x)" for speed in speeds)])
         flop, moved = work(spec, DTYPES[amp].itemsize)
         parts = max(speeds) * flop / rate, max(speeds) * moved / bandwidth

@@ -17,19 +17,19 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
+import matplotlib.pyplot as plt
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.device import Machine  # noqa: E402
-from engine.evaluation import evaluate  # noqa: E402
-from engine.images.batches import Data, ImageRequest, load_data  # noqa: E402
-from engine.program.report import say  # noqa: E402
-from engine.store.checkpoint import Checkpoint, read_network  # noqa: E402
-from model import row_of  # noqa: E402
-from model.selection import pruning_candidates, ternary_candidates  # noqa: E402
-from model_quantization.quantized_layers import TernaryLayers  # noqa: E402
+from engine.device import Machine
+from engine.evaluation import evaluate
+from engine.images.batches import Data, ImageRequest, load_data
+from engine.program.report import say
+from engine.store.checkpoint import Checkpoint, read_network
+from model import row_of
+from model.selection import pruning_candidates, ternary_candidates
+from model_quantization.quantized_layers import TernaryLayers
 
 PRUNING_S, PRUNING_G = (0.1, 0.2, 0.3, 0.4, 0.5), 0.15
 TERNARY_S, TERNARY_G = 0.25, (0.0, 0.15)
@@ -56,7 +56,7 @@ def draw(curves: dict[str, list[dict]], baseline: float, title: str, path: Path)
     """One line a curve; each point is labelled with its number of layers, or with s where it was pruned."""
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
     axes.axhline(baseline, color="#8a8a8a", ls=":", label=f"as published: {baseline:.2f}%")
-    for (label, points), colour in zip(curves.items(), ("#3f8f5f", "#c2553f", "#3f6fa8")):
+    for (label, points), colour in zip(curves.items(), ("#3f8f5f", "#c2553f", "#3f6fa8"), strict=False):
         axes.plot([p["zeros"] for p in points], [p["accuracy"] for p in points], "o-", color=colour, label=label)
         for p in points:
             text = f"s {p['s']:g}" if p["prune"] else f"{p['layers']}"
@@ -80,9 +80,14 @@ def main() -> None:
     model = checkpoint.spec["name"]
     machine = Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.amp)
     request = ImageRequest(
-        "ImageNet", args.data_path, image_size=row_of(model).image_size, val_batch_size=args.batch_size,
-        workers=0, preprocessing=row_of(model).preprocessing, train=False,
-    )  # fmt: skip
+        "ImageNet",
+        args.data_path,
+        image_size=row_of(model).image_size,
+        val_batch_size=args.batch_size,
+        workers=0,
+        preprocessing=row_of(model).preprocessing,
+        train=False,
+    )
     data = load_data(request, machine.device)
     checkpoint.check_classes(data.classes, data.name, args.data_path)
     baseline = evaluate(machine.place(checkpoint.network()), data, machine).accuracy

@@ -2,9 +2,11 @@
 
 import contextlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed
@@ -28,7 +30,8 @@ class Machine:
         """Move `network` to the device, in channels-last layout: faster on CPUs, and on GPUs in mixed precision."""
         if self.device.type == "cuda" and self.amp == "off":
             return network.to(self.device)
-        return network.to(self.device, memory_format=torch.channels_last)
+        layout: dict[str, Any] = {"memory_format": torch.channels_last}  # which torch does not annotate
+        return network.to(self.device, **layout)
 
     def in_32_bit(self) -> "Machine":
         """The same device without mixed precision: accuracy that others can reproduce."""
@@ -43,20 +46,21 @@ class Machine:
             network = DistributedDataParallel(network)
         elif self.device.type == "cuda" and torch.cuda.device_count() > 1:
             network = nn.DataParallel(Autocast(network, self))
-        return torch.compile(network) if self.compile else network
+        compiled: Any = torch.compile(network) if self.compile else network
+        return compiled
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context in which forward passes run."""
         if self.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.amp == "bf16" else torch.float16)
 
-    def gradient_scaler(self) -> torch.amp.GradScaler:
+    def gradient_scaler(self) -> GradScaler:
         """What keeps float16's gradients in range; does nothing in other arithmetic.
 
         Each epoch takes a new one, so that a resumed run needs no scale from the epoch before.
         """
-        return torch.amp.GradScaler(self.device.type, init_scale=LOSS_SCALE, enabled=self.amp == "fp16")
+        return GradScaler(self.device.type, init_scale=LOSS_SCALE, enabled=self.amp == "fp16")
 
 
 class Autocast(nn.Module):
@@ -110,5 +114,5 @@ def fastest_arithmetic(device: torch.device) -> str:
     """What `--amp auto` means on `device`: bf16 where the hardware has it, fp16 on older GPUs, else off."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if any(capabilities.get(name) for name in BF16_CAPABILITIES) else "off"

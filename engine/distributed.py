@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from engine.program.errors import EXIT_WRONG_INPUT, UserError
 from engine.program.processes import is_first, rank, world_size
+
+Items = TypeVar("Items", Tensor, list[int], range)
 
 PATIENCE = datetime.timedelta(hours=2)  # one process scores and plots while the others wait
 
@@ -78,7 +81,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def shard(items):
+def shard(items: Items) -> Items:
     """This process's part of a sequence or tensor: every `world_size()`-th item, so that each is in one part."""
     return items[rank() :: world_size()]
 

@@ -58,4 +58,4 @@ def evaluate(network: nn.Module, data: Data, machine: Machine) -> Evaluation:
     mean = loss.item() / data.num_val_images
     if not math.isfinite(mean):
         raise Diverged(f"the validation loss became {mean}")
-    return Evaluation(mean, correct.item(), data.num_val_images)
+    return Evaluation(mean, int(correct.item()), data.num_val_images)

@@ -12,13 +12,13 @@ A process may be killed between any two of these writes; the next one continues 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from engine import distributed
 from engine.evaluation import Diverged
 from engine.program.report import say
-from engine.store.checkpoint import expecting, read, save
-from engine.store.run_folder import Run
+from engine.store.checkpoint import Content, expecting, read, save
+from engine.store.run_folder import Record, Run
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,12 @@ class Learner(Protocol):
     """
 
     initial_lr: float
-    lr: float
     amp: str
 
-    def begin(self, phase: Phase, best: dict | None) -> None:
+    @property
+    def lr(self) -> float: ...
+
+    def begin(self, phase: Phase, best: Content | None) -> None:
         """Get ready for a phase; `best` is what `best_network` gave in the phase before, None in the first one."""
 
     def train_epoch(self, phase: Phase, epoch: int) -> float:
@@ -64,31 +66,31 @@ class Learner(Protocol):
     def evaluate(self) -> dict[str, float]:
         """What is noted of an epoch: `val_loss`, `accuracy` (percent) and what else matters; or raise Diverged."""
 
-    def line(self, phase: Phase, record: dict, best: dict) -> str:
+    def line(self, phase: Phase, record: Record, best: Record) -> str:
         """What the console shows of an epoch."""
 
-    def best_network(self, record: dict) -> dict:
+    def best_network(self, record: Record) -> Content:
         """The checkpoint of the network as it is now, which is that of the best epoch."""
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> Content:
         """All that training changes."""
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Content) -> None:
         """Take over a `state_dict`; LookupError, TypeError, ValueError or RuntimeError where it does not fit."""
 
 
-def merit(record: dict) -> tuple[float, float]:
+def merit(record: Record) -> tuple[float, float]:
     """What makes an epoch the best one: its accuracy, and among equals the smallest validation loss."""
     return record["accuracy"], -record["val_loss"]
 
 
-def fit(learner: Learner, phases: Sequence[Phase], run: Run) -> dict[str, Any]:
+def fit(learner: Learner, phases: Sequence[Phase], run: Run) -> Record:
     """Train through `phases`, from where an earlier process stopped; return the record of the best epoch of all.
 
     A loss that becomes NaN ends the training, and the record then has the key `diverged`; without any epoch it is
     `{"epoch": None, "accuracy": 0.0}`. Raises Diverged where the loss of the network is NaN before any training.
     """
-    best: dict[str, Any] | None = None
+    best: Record | None = None
 
     def note(phase: Phase, epoch: int, loss: float | None) -> None:
         nonlocal best
@@ -101,10 +103,10 @@ def fit(learner: Learner, phases: Sequence[Phase], run: Run) -> dict[str, Any]:
             save(learner.best_network(best), run.folder / phase.best_file)
         say(learner.line(phase, record, best))
 
-    begun, epoch = 0, phases[0].first
+    begun, trained = 0, phases[0].first
     if run.state:
         with expecting(run.last, "the state of this run"):
-            begun, epoch, best = _continue(learner, phases, run)
+            begun, trained, best = _continue(learner, phases, run)
     else:
         learner.begin(phases[0], None)
         if phases[0].evaluate_first:
@@ -113,8 +115,8 @@ def fit(learner: Learner, phases: Sequence[Phase], run: Run) -> dict[str, Any]:
         for i, phase in enumerate(phases[begun:], begun):
             if i > begun:
                 _begin_with_best(learner, phase, phases[i - 1], run)
-                epoch = phase.first
-            for epoch in range(epoch, phase.epochs):
+                trained = phase.first
+            for epoch in range(trained, phase.epochs):
                 note(phase, epoch + 1, learner.train_epoch(phase, epoch))
     except Diverged as error:
         say(f"  stopped: {error}; try a smaller --lr than {learner.initial_lr:g}")
@@ -123,13 +125,14 @@ def fit(learner: Learner, phases: Sequence[Phase], run: Run) -> dict[str, Any]:
     return best
 
 
-def _continue(learner: Learner, phases: Sequence[Phase], run: Run) -> tuple[int, int, dict]:
+def _continue(learner: Learner, phases: Sequence[Phase], run: Run) -> tuple[int, int, Record]:
     """Restore the learner. Return which phase goes on, after which epoch, and the record of the best epoch so far."""
     last, best = run.history[-1], max(run.history, key=merit)
     names = [phase.name for phase in phases]
     at = names.index(last.get("phase", ""))
     best_file = phases[names.index(best.get("phase", ""))].best_file
     learner.begin(phases[at], None)
+    assert run.state is not None
     learner.load_state_dict(run.state)
     if best is last:  # the process may have ended before it saved that network
         save(learner.best_network(best), run.folder / best_file)

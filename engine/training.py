@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ STEPS_BETWEEN_LOOKS = 50  # steps between two looks at the loss: each look waits
 class Stepper(Protocol):
     """What an epoch, and float16's gradient scaler, need of an optimizer."""
 
-    param_groups: list[dict]
+    param_groups: list[dict[str, Any]]
 
     def zero_grad(self) -> None: ...
 
@@ -60,7 +60,7 @@ def train_epoch(
         with machine.autocast():
             loss = F.cross_entropy(network(images), labels)
         scaler.scale(loss).backward()
-        scaler.step(optimizer)
+        scaler.step(cast(Optimizer, optimizer))  # it needs no more than a Stepper has
         scaler.update()
         total += loss.detach()
         if step % STEPS_BETWEEN_LOOKS == 0 or step == data.num_train_batches:
@@ -72,7 +72,7 @@ def train_epoch(
     return mean
 
 
-def load_moments(optimizer: Optimizer, state_dict: Mapping) -> None:
+def load_moments(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Load the moments of an optimizer's `state_dict`; ValueError where they are of other parameters.
 
     Learning rates and the like stay as they are: they follow from a run's arguments.

@@ -7,16 +7,15 @@ Importing this package does not import torch, so that command lines are parsed a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from model.registry import ROWS, row_of
+from model.registry import ROWS, Spec, row_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ROWS", "build", "named", "row_of"]
+__all__ = ["ROWS", "Spec", "build", "named", "row_of"]
 
 
 def named(reference: str) -> Any:
@@ -28,7 +27,7 @@ def named(reference: str) -> Any:
     return found
 
 
-def build(spec: Mapping) -> nn.Module:
+def build(spec: Spec) -> nn.Module:
     """Build the network that `spec` describes, with fresh random weights; KeyError for an unknown name."""
     row = row_of(spec["name"])
     return named(row.builder)(**row.fixed, **{key: value for key, value in spec.items() if key != "name"})

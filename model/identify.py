@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from model import ROWS, build, named
-from model.registry import Row
+from model.registry import Row, Spec
 
 
 class OtherNetwork(ValueError):
     """A file holds another network than the one that is wanted."""
 
 
-def identify(state_dict: Mapping[str, Tensor], stated: object = None, wanted: Mapping | None = None) -> dict:
+def identify(state_dict: Mapping[str, Tensor], stated: object = None, wanted: Spec | None = None) -> Spec:
     """The spec of the network that `state_dict` belongs to.
 
     Args:
@@ -26,6 +27,7 @@ def identify(state_dict: Mapping[str, Tensor], stated: object = None, wanted: Ma
     Raises ValueError, without the file's name, where no known network fits; OtherNetwork, which names both, where
     the network that fits is not the wanted one.
     """
+    spec: Spec | None
     if is_spec(stated):
         spec = dict(stated)
         _check_stated(spec, state_dict)
@@ -39,22 +41,22 @@ def identify(state_dict: Mapping[str, Tensor], stated: object = None, wanted: Ma
     return spec
 
 
-def is_spec(stated: object) -> bool:
+def is_spec(stated: object) -> TypeGuard[Spec]:
     """Whether `stated` is a whole spec of a built-in network."""
     if not isinstance(stated, Mapping) or not all(isinstance(value, int | float | str) for value in stated.values()):
         return False
-    row = ROWS.get(stated.get("name"))
+    row = ROWS.get(stated.get("name", ""))
     return row is not None and stated.keys() >= set(row.arguments)
 
 
-def describe(spec: Mapping) -> str:
+def describe(spec: Spec) -> str:
     """Say a spec as the flags that ask for it."""
     if "depth" in spec:
         return f"--model {spec['name']} --dw-multps {spec['depth']:.9g} {spec['width']:.9g} --phi 1"
     return f"--model {spec['name']}"
 
 
-def check_wanted(wanted: Mapping, spec: Mapping, state_dict: Mapping) -> None:
+def check_wanted(wanted: Spec, spec: Spec, state_dict: Mapping[str, Tensor]) -> None:
     """Raise OtherNetwork if the spec `wanted`, possibly partial, asks for another network than `spec`."""
     if wanted.get("name", spec["name"]) != spec["name"]:
         asked = f"--model {wanted['name']}: leave that out"
@@ -66,13 +68,13 @@ def check_wanted(wanted: Mapping, spec: Mapping, state_dict: Mapping) -> None:
     raise OtherNetwork(f"holds {describe(spec)}, but the flags ask for {asked}")
 
 
-def nearest(state_dict: Mapping[str, Tensor]) -> tuple[dict | None, list[str]]:
+def nearest(state_dict: Mapping[str, Tensor]) -> tuple[Spec | None, list[str]]:
     """Return the spec whose names and shapes come closest to `state_dict`, None if none does, and how they differ.
 
     Multipliers of MicroNet are the shortest decimals that give the same blocks and channels. Counters of
     BatchNorm (`num_batches_tracked`), which old files lack, do not matter.
     """
-    best: tuple[dict | None, list[str]] = None, []
+    best: tuple[Spec | None, list[str]] = None, []
     for row in ROWS.values():
         spec = _guess(row, state_dict)
         if spec is None:
@@ -85,7 +87,7 @@ def nearest(state_dict: Mapping[str, Tensor]) -> tuple[dict | None, list[str]]:
     return best
 
 
-def expected_state_dict(spec: Mapping) -> dict[str, Tensor]:
+def expected_state_dict(spec: Spec) -> dict[str, Tensor]:
     """Names and shapes of the network that `spec` describes, as tensors that take no memory."""
     with torch.device("meta"):
         return build(spec).state_dict()
@@ -97,7 +99,7 @@ def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> l
     def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
-    def lacking(names: Mapping, others: Mapping) -> list[str]:
+    def lacking(names: Mapping[str, object], others: Mapping[str, object]) -> list[str]:
         return [name for name in names if name not in others and not name.endswith("num_batches_tracked")]
 
     wanted, given = shapes(expected), shapes(found)
@@ -111,7 +113,7 @@ def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> l
     return other + missing + surplus
 
 
-def _check_stated(spec: dict, state_dict: Mapping[str, Tensor]) -> None:
+def _check_stated(spec: Spec, state_dict: Mapping[str, Tensor]) -> None:
     try:
         differences = mismatches(expected_state_dict(spec), state_dict)
     except Exception as error:  # whatever the odd arguments in the file lead to
@@ -121,7 +123,7 @@ def _check_stated(spec: dict, state_dict: Mapping[str, Tensor]) -> None:
         raise ValueError(f"says that it is {describe(spec)}, but {_first(differences)}")
 
 
-def _guess(row: Row, state_dict: Mapping[str, Tensor]) -> dict | None:
+def _guess(row: Row, state_dict: Mapping[str, Tensor]) -> Spec | None:
     """A spec of the network `row` that is worth building; None where the state dict is obviously another's."""
     mark = row.fingerprint
     classifier = state_dict.get(mark.classifier)
@@ -133,7 +135,7 @@ def _guess(row: Row, state_dict: Mapping[str, Tensor]) -> dict | None:
     return None if arguments is None else {"name": row.name, **arguments, "num_classes": classifier.shape[0]}
 
 
-def _any_matches(names: Mapping, pattern: str) -> bool:
+def _any_matches(names: Mapping[str, object], pattern: str) -> bool:
     return pattern in names or any(fnmatchcase(name, pattern) for name in names)
 
 

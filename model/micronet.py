@@ -139,6 +139,6 @@ def _multiplier(scale: Callable[[int, float], int], base: tuple[int, ...], scale
         step = 10**digits
         for numerator in range(1, int(MAX_MULTIPLIER) * step + 1):
             multiplier = numerator / step
-            if all(scale(b, multiplier) == s for b, s in zip(base, scaled)):
+            if all(scale(b, multiplier) == s for b, s in zip(base, scaled, strict=True)):
                 return multiplier
     return None

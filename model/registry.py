@@ -1,10 +1,16 @@
-"""One row a network: every fact that the programs know of it. Imports no torch, so that command lines are parsed at once."""
+"""One row a network: every fact that the programs know of it.
+
+Imports no torch, so that command lines are parsed at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+Spec = Mapping[str, Any]
+"""A network as plain data: the `name` of its row, and the arguments of its builder, which alone knows their types."""
 
 MAX_MULTIPLIER = 32.0  # of depth and width, far above all published networks; 14 typed for 1.4 gives hundreds
 
@@ -86,7 +92,7 @@ class Row:
     family: str
     builder: str
     fingerprint: Fingerprint
-    fixed: dict = field(default_factory=dict)
+    fixed: dict[str, object] = field(default_factory=dict)
     arguments: tuple[str, ...] = ("num_classes",)
     quantize: tuple[str, ...] = ("*.conv*.weight",)
     prune: tuple[str, ...] = ("*.conv*.weight",)

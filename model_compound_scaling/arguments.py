@@ -1,6 +1,8 @@
 """The command line of `run_compound_scaling.py`."""
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 from engine.program.arguments import (
     add_data_arguments,
@@ -24,7 +26,14 @@ example: three epochs on scikit-learn's handwritten digits, no download, a few s
 
 
 class _Grid(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        assert values is not None  # nargs is "+"
         if len(values) % 2:
             parser.error(f"argument --grid: {len(values)} numbers are no pairs of depth and width: d1 w1 d2 w2 ...")
         setattr(namespace, self.dest, values)

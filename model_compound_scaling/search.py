@@ -16,9 +16,9 @@ from engine.program.network_flags import scaled
 from engine.program.processes import is_first
 from engine.program.report import say, table, with_unit
 from engine.store.checkpoint import copy
-from engine.store.run_folder import Run, resume_from
+from engine.store.run_folder import Record, Run, resume_from
 from engine.training import derived_seed
-from model import build
+from model import Spec, build
 from model.micronet import MicroNet
 from model_compound_scaling.training import Recipe, Scratch
 
@@ -80,12 +80,13 @@ def recipe_of(d: float, w: float, data: Data, args: Namespace) -> Recipe:
     )
 
 
-def train_point(recipe: Recipe, multipliers: dict, data: Data, machine: Machine, run: Run, *, resume: bool) -> dict:
+def train_point(recipe: Recipe, multipliers: Spec, data: Data, machine: Machine, run: Run, *, resume: bool) -> Record:
     """Train MicroNet at `depth` and `width`, or continue; return its row of the comparison."""
     name = "imagenet_micronet" if isinstance(data, ImagesOnDisk) else "cifar_micronet"
     spec = {"name": name, **multipliers, "num_classes": len(data.classes)}
     torch.manual_seed(derived_seed(recipe.seed, 0, 0))
     network = build(spec)
+    assert isinstance(network, MicroNet)
     row = {**size(network, data.image_size), "spec": spec}
     say(f"  {row['blocks']} blocks of {row['channels']} channels, {row['params']:,} parameters")
     run.open(resume=resume)
@@ -97,7 +98,7 @@ def train_point(recipe: Recipe, multipliers: dict, data: Data, machine: Machine,
     return row
 
 
-def compare(results: list[dict], runs: list[Run], save_dir: Path, lr: float) -> None:
+def compare(results: list[Record], runs: list[Run], save_dir: Path, lr: float) -> None:
     """Print the comparison; copy the best network to `best_model.pt`."""
     say("\n" + comparison(results))
     best = max(range(len(results)), key=lambda i: results[i]["accuracy"])
@@ -109,7 +110,7 @@ def compare(results: list[dict], runs: list[Run], save_dir: Path, lr: float) -> 
     say(f"\nBest: d {row['d']:g}, w {row['w']:g} with {row['accuracy']:.2f}% -> {save_dir / 'best_model.pt'}")
 
 
-def size(network: MicroNet, image_size: int) -> dict:
+def size(network: MicroNet, image_size: int) -> Record:
     """Blocks and channels of each stage, parameters, and FLOP of one image (2 a multiply-accumulate, dense)."""
     stages = [getattr(network, f"layer{i + 1}") for i in range(network.num_stages)]
     image = torch.zeros(1, 3, image_size, image_size)
@@ -123,7 +124,7 @@ def size(network: MicroNet, image_size: int) -> dict:
     }
 
 
-def comparison(results: list[dict]) -> str:
+def comparison(results: list[Record]) -> str:
     """The table of all grid points."""
     headers = ["d", "w", "depth", "width", "blocks", "channels", "params", "FLOP", "accuracy", "epoch"]
     rows = [

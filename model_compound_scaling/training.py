@@ -10,8 +10,10 @@ from engine.evaluation import evaluate
 from engine.fit import Phase
 from engine.images.batches import Data
 from engine.images.datasets import DATASETS
-from engine.store.checkpoint import network_content
+from engine.store.checkpoint import Content, network_content
+from engine.store.run_folder import Record
 from engine.training import cosine, derived_seed, load_moments, train_epoch
+from model import Spec
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Recipe:
 class Scratch:
     """`network`, which `spec` describes, in training; a learner as `engine.fit` has it."""
 
-    def __init__(self, network: nn.Module, spec: dict, data: Data, machine: Machine, recipe: Recipe):
+    def __init__(self, network: nn.Module, spec: Spec, data: Data, machine: Machine, recipe: Recipe):
         self.spec, self.data, self.machine, self.recipe = spec, data, machine, recipe
         self.network = machine.place(network)
         self.runner = machine.runner(self.network)
@@ -60,7 +62,7 @@ class Scratch:
     def phases(self) -> list[Phase]:
         return [Phase("", self.recipe.epochs, first=self.recipe.start_epoch)]
 
-    def begin(self, phase: Phase, best: dict | None) -> None:
+    def begin(self, phase: Phase, best: Content | None) -> None:
         """There is one phase, and nothing to get ready."""
 
     def train_epoch(self, phase: Phase, epoch: int) -> float:
@@ -75,21 +77,21 @@ class Scratch:
         validation = evaluate(self.network, self.data, self.machine.in_32_bit())
         return {"val_loss": validation.loss, "accuracy": validation.accuracy}
 
-    def line(self, phase: Phase, record: dict, best: dict) -> str:
+    def line(self, phase: Phase, record: Record, best: Record) -> str:
         return (
             f"  epoch {record['epoch']:3d}/{phase.epochs}  lr {record['lr']:.4f}  "
             f"train loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}  "
             f"accuracy {record['accuracy']:5.2f}%  best {best['accuracy']:5.2f}%"
         )
 
-    def best_network(self, record: dict) -> dict:
+    def best_network(self, record: Record) -> Content:
         told = {"dataset": self.data.name, "classes": self.data.classes, "image_size": self.data.image_size}
         return network_content(self.spec, self.network, **told, accuracy=record["accuracy"])
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> Content:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Content) -> None:
         self.network.load_state_dict(state["network"])
         load_moments(self.optimizer, state["optimizer"])
 

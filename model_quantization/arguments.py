@@ -112,8 +112,8 @@ def parser() -> Parser:
     add_data_arguments(
         parser,
         dataset="the checkpoint's, else CIFAR100",
-        image_size="the checkpoint's, else 200 for ImageNet, 32 for the known small images, else their own; EfficientNets "
-        "train at this size, and are validated and counted on photographs of their own",
+        image_size="the checkpoint's, else 200 for ImageNet, 32 for the known small images, else their own; "
+        "EfficientNets train at this size, and are validated and counted on photographs of their own",
     )
     add_machine_arguments(parser)
     runs = add_run_arguments(parser, "model_quantization/saved_models")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from engine.images.batches import Data
 from engine.program.report import say, table
-from engine.store.checkpoint import expecting, read_network, save
+from engine.store.checkpoint import Content, expecting, read_network, save
 from engine.store.files import write_text
-from engine.store.run_folder import Run
+from engine.store.run_folder import Record, Run
 from model_quantization.plots import plot_layers, plot_sweep
 from rulers.tally import task_of
 
@@ -23,10 +23,10 @@ class Choice:
     threshold: float | None = None
 
 
-def compare(runs: list[Run], name: str, data: Data, choice: Choice) -> None:
-    """Compare finished runs; write the table, the plots and the best network beside them, under `name`."""
+def compare(finished: list[tuple[Run, Record]], name: str, data: Data, choice: Choice) -> None:
+    """Compare runs by their results; write the table, the plots and the best network beside them, under `name`."""
+    runs, results = [run for run, _ in finished], [result for _, result in finished]
     save_dir, task = runs[0].folder.parent, task_of(data.name)
-    results = [run.result for run in runs]
     threshold = task.threshold_percent if choice.threshold is None else choice.threshold
     best = select(results, choice.by, threshold)
     say("\n" + table_of(results, best))
@@ -50,7 +50,7 @@ def compare(runs: list[Run], name: str, data: Data, choice: Choice) -> None:
     )
 
 
-def read_best(run: Run, phase: str) -> dict:
+def read_best(run: Run, phase: str) -> Content:
     """Read the best network of a phase: tensors, assignments and centroids by layer."""
     path = run.folder / f"best_{phase}.pt"
     checkpoint = read_network(path)
@@ -64,7 +64,7 @@ def read_best(run: Run, phase: str) -> dict:
     return {"model": checkpoint.spec, "state_dict": checkpoint.state_dict, **checkpoint.extra}
 
 
-def select(results: list[dict], by: str, threshold: float) -> int:
+def select(results: list[Record], by: str, threshold: float) -> int:
     """The index of the best result: the highest accuracy, or the smallest score that holds `threshold` percent.
 
     The score is that of 16-bit parameters, and so is the accuracy that must hold the threshold. Where none holds it,
@@ -78,7 +78,7 @@ def select(results: list[dict], by: str, threshold: float) -> int:
     return max(range(len(results)), key=lambda i: (results[i]["accuracy"], -results[i]["score"]))
 
 
-def table_of(results: list[dict], best: int) -> str:
+def table_of(results: list[Record], best: int) -> str:
     """The table of all finished pairs, the best one marked."""
     headers = [
         "s",

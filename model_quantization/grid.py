@@ -18,7 +18,7 @@ from engine.program.processes import is_first
 from engine.program.report import say
 from engine.store.checkpoint import Checkpoint, find, read_network
 from engine.store.files import hold
-from engine.store.run_folder import Run, resume_from
+from engine.store.run_folder import Record, Run, resume_from
 from engine.training import derived_seed
 from model import build, row_of
 from model_quantization.arguments import FP_MODELS
@@ -49,23 +49,23 @@ def run(args: Namespace) -> int:
     shard, shards = args.shard
     for recipe, pair in list(zip(recipes, runs, strict=True))[shard - 1 :: shards]:
         say(f"\nPair s {recipe.s:g}, g {recipe.g:g}  ({pair.folder})")
-        if pair.result and not args.no_resume:
-            say(f"  finished before with {pair.result['accuracy']:.2f}% at {pair.result['zeros']:.2f}% zeros")
+        if (result := pair.result) and not args.no_resume:
+            say(f"  finished before with {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
         else:
             pair.open(resume=not args.no_resume)
-            run_pair(recipe, checkpoint, data, machine, pair)
+            result = run_pair(recipe, checkpoint, data, machine, pair)
         if args.plot_ternarization and is_first():
-            say(f"  plot: {plot_ternarization(read_best(pair, pair.result['phase']), pair)}")
+            say(f"  plot: {plot_ternarization(read_best(pair, result['phase']), pair, result)}")
     if not is_first():
         return 0
 
     with hold(save_dir / f"{path.stem}_sweep.lock", wait=True):  # so that no shard's table lacks what another finished
-        finished = [pair for pair in runs if pair.result]
+        finished = [(pair, result) for pair in runs if (result := pair.result)]
         if finished:
             compare(finished, path.stem, data, Choice(args.select, args.threshold))
         else:
             say(f"\nShard {shard}/{shards} has no pair of this grid, and none is finished yet")
-    if finished and all(pair.result.get("diverged") for pair in finished):
+    if finished and all(result.get("diverged") for _, result in finished):
         raise UserError(f"every pair diverged, see above; try a smaller --lr than {args.lr:g}")
     say_peak_memory()
     return 0
@@ -116,17 +116,19 @@ def recipes_of(checkpoint: Checkpoint, data: Data, args: Namespace) -> list[Reci
     return [replace(first, s=s, g=g) for s, g in grid]
 
 
-def run_pair(recipe: Recipe, checkpoint: Checkpoint, data: Data, machine: Machine, run: Run) -> None:
-    """Train and score one pair; its result is then in its run."""
+def run_pair(recipe: Recipe, checkpoint: Checkpoint, data: Data, machine: Machine, run: Run) -> Record:
+    """Train and score one pair; return its result, which is then in its run too."""
     try:
         best = fit(Quantization(checkpoint, data, machine, recipe), recipe.phases, run)
     except Diverged as error:
         raise UserError(f"{error} before any training; take another --model-dict") from None
     result = {"s": recipe.s, "g": recipe.g, **best, **scored(run, best, data, machine)}
-    run.finish(result | {"seconds": run.seconds, "peak_memory": peak_memory()})
+    result |= {"seconds": run.seconds, "peak_memory": peak_memory()}
+    run.finish(result)
+    return result
 
 
-def scored(run: Run, best: dict, data: Data, machine: Machine) -> dict:
+def scored(run: Run, best: Record, data: Data, machine: Machine) -> Record:
     """What the best network counts as and reaches with parameters of 16 bit, as stage 3 scores it by default.
 
     Counted on the `published` ruler, or on `challenge` where that has no form, at the size of the validation images.

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from engine.store.checkpoint import Content
 from engine.training import load_moments
 from model_quantization.quantized_layers import TernaryLayers
 
@@ -39,7 +40,7 @@ class EC2TOptimizer:
 
     def scale_learning_rates(self, factor: float) -> None:
         """Set every learning rate to `factor` times its initial value."""
-        for group, lr in zip(self.adam.param_groups, self._initial_lr):
+        for group, lr in zip(self.adam.param_groups, self._initial_lr, strict=True):
             group["lr"] = factor * lr
 
     def zero_grad(self) -> None:
@@ -52,9 +53,9 @@ class EC2TOptimizer:
         self.adam.step()
         self.layers.assign()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> Content:
         return {"adam": self.adam.state_dict(), "layers": self.layers.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Content) -> None:
         load_moments(self.adam, state["adam"])
         self.layers.load_state_dict(state["layers"])

@@ -10,30 +10,33 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from engine.store.checkpoint import Content
 from engine.store.files import write_whole
-from engine.store.run_folder import Run
+from engine.store.run_folder import Record, Run
 from model_quantization import ec2t
 
 POSITIVE, ZERO, NEGATIVE = "#c2553f", "#d9d9d9", "#3f6fa8"
 DARK, GREEN, GREY = "#333333", "#3f8f5f", "#8a8a8a"
 
 
-def plot_ternarization(content: dict, run: Run) -> Path:
+def plot_ternarization(content: Content, run: Run, result: Record) -> Path:
     """Draw accuracy and zeros over the epochs, and each layer's clusters, centroids and entropy at the best epoch.
 
     Args:
         content: the best epoch's checkpoint, with `assignments` and `centroids` by layer.
+        run: which has the log of all epochs.
+        result: of the run.
     """
     assignments = content["assignments"].values()
     n_n, n_0, n_p = (torch.tensor([(a == value).sum() for a in assignments]).double() for value in (-1, 0, 1))
     numel = n_n + n_0 + n_p
     shares = (torch.stack([n_n, n_0, n_p]) / numel).numpy()
-    w_p, w_n = (np.array(values) for values in zip(*(c.tolist() for c in content["centroids"].values())))
+    w_p, w_n = (np.array(values) for values in zip(*(c.tolist() for c in content["centroids"].values()), strict=True))
     layers = np.arange(shares.shape[1])
     figure = Figure(figsize=(11, 12), layout="constrained")
     axes = figure.subplots(4)
 
-    log, result = run.log, run.result
+    log = run.log
     epochs = np.arange(len(log))
     axes[0].plot(epochs, [r["accuracy"] for r in log], "o-", ms=3, color=DARK, label="accuracy")
     axes[0].plot(epochs, [r["zeros"] for r in log], "s-", ms=3, color=GREEN, label="zeros")
@@ -60,7 +63,7 @@ def plot_ternarization(content: dict, run: Run) -> Path:
     return _save(figure, run.folder / "ternarization.png")
 
 
-def plot_sweep(results: list[dict], best: int, threshold: float | None, title: str, path: Path) -> Path:
+def plot_sweep(results: list[Record], best: int, threshold: float | None, title: str, path: Path) -> Path:
     """Draw accuracy over zeros of every grid point, the Pareto front, and the accuracy to hold where there is one."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -70,9 +73,10 @@ def plot_sweep(results: list[dict], best: int, threshold: float | None, title: s
     for number, s in enumerate(sorted({r["s"] for r in results})):
         points = sorted((r["g"], r["zeros"], r["accuracy"]) for r in results if r["s"] == s)
         marker = "osD^v<>ph*"[number % 10]
-        axes.plot(*zip(*(point[1:] for point in points)), f"{marker}:", color=f"C{number % 10}", label=f"s {s:g}")
-        for g, *point in points:
-            axes.annotate(f"{g:g}", point, xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=30)
+        _, *place = zip(*points, strict=True)
+        axes.plot(*place, f"{marker}:", color=f"C{number % 10}", label=f"s {s:g}")
+        for g, x, y in points:
+            axes.annotate(f"{g:g}", (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=30)
     axes.plot(zeros[best], accuracy[best], "o", ms=13, mfc="none", mec=POSITIVE, label="best")
     if threshold is not None:
         axes.axhline(threshold, color=GREY, ls="--", label=f"{threshold:g}% to hold")
@@ -104,7 +108,7 @@ def kept_and_deleted(assignment: Tensor) -> tuple[float, float, float]:
     return share, 1 - whole - share, whole
 
 
-def plot_layers(assignments: dict[str, Tensor], result: dict, title: str, path: Path) -> Path:
+def plot_layers(assignments: dict[str, Tensor], result: Record, title: str, path: Path) -> Path:
     """Draw each layer's weights as kept, deleted within kernels, and deleted as whole channels."""
     shares = [kept_and_deleted(assignment) for assignment in assignments.values()]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -120,7 +124,7 @@ def plot_layers(assignments: dict[str, Tensor], result: dict, title: str, path: 
 def _stack(axes: Axes, shares: np.ndarray, colours: tuple[str, ...], labels: tuple[str, ...]) -> None:
     """Stacked bars, one a layer, of shares `[kinds, layers]` that sum to 1."""
     layers = np.arange(shares.shape[1])
-    for share, bottom, colour, label in zip(shares, np.cumsum(shares, 0) - shares, colours, labels):
+    for share, bottom, colour, label in zip(shares, np.cumsum(shares, 0) - shares, colours, labels, strict=True):
         axes.bar(layers, share, 1, bottom=bottom, color=colour, label=label)
     axes.set(ylabel="share of weights", ylim=(0, 1), xlim=(-0.5, len(layers) - 0.5))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

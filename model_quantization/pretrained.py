@@ -75,7 +75,7 @@ def _check_is_checkpoint(path: Path) -> None:
 
 def _check_in_reach(url: str) -> None:
     """Raise what opening `url` raises, or TimeoutError; a thread waits, as looking up a name knows no time limit."""
-    outcome = queue.Queue()
+    outcome: queue.Queue[Exception | None] = queue.Queue()
 
     def ask() -> None:
         try:

@@ -71,7 +71,8 @@ class TernaryLayers:
     def compile(self) -> None:
         """Compile the two passes of a step: their operations fuse, and need no chunks to stay in the cache."""
         self.chunk = len(self.weights)
-        self.assign, self.scale_gradients = torch.compile(self.assign), torch.compile(self.scale_gradients)
+        for method in ("assign", "scale_gradients"):
+            setattr(self, method, torch.compile(getattr(self, method)))
 
     def view(self, buffer: Tensor, i: int) -> Tensor:
         """Layer `i` of a flat buffer, in the shape and memory layout of its parameter."""
@@ -82,7 +83,8 @@ class TernaryLayers:
     def assign(self) -> None:
         """Bound the centroids, assign every weight again (unless frozen), rebuild `quantized`."""
         extent = self.extent()
-        w_p, w_n = ec2t.bounded_centroids(*self.centroids.double(), extent)
+        w_p, w_n = self.centroids.double()
+        w_p, w_n = ec2t.bounded_centroids(w_p, w_n, extent)
         self.centroids.copy_(torch.stack([w_p, w_n]))
         row_w_p, row_w_n = self._per_row(w_p), self._per_row(w_n)
         if self.frozen:
@@ -110,6 +112,7 @@ class TernaryLayers:
         dL/dw_p is the sum of g_q over a = +1, dL/dw_n minus the sum over a = -1, as q = -w_n there; g_q times
         w_p, w_n or 1 is the weights' gradient. Pruned weights take g_q as it is, and centroids get none.
         """
+        assert self.weights.grad is not None and self.centroids.grad is not None
         if self.prune:
             self.weights.grad.copy_(self.gradient)
             return

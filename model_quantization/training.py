@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from engine.device import Machine
@@ -9,7 +10,8 @@ from engine.evaluation import evaluate
 from engine.fit import Phase
 from engine.images.batches import Data
 from engine.program.errors import UserError
-from engine.store.checkpoint import Checkpoint, network_content
+from engine.store.checkpoint import Checkpoint, Content, network_content
+from engine.store.run_folder import Record
 from engine.training import cosine, derived_seed, train_epoch
 from model.selection import is_ternary, pruning_candidates, ternary_candidates
 from model_quantization.optimizer import EC2TOptimizer
@@ -82,7 +84,7 @@ class Quantization:
     def lr(self) -> float:
         return self.optimizer.lr
 
-    def begin(self, phase: Phase, best: dict | None) -> None:
+    def begin(self, phase: Phase, best: Content | None) -> None:
         if best is not None:
             self.network.load_state_dict(best["state_dict"])
             self.layers.load_state_dict(best["layers"])
@@ -106,7 +108,7 @@ class Quantization:
             "entropy": self.layers.entropy(),
         }
 
-    def line(self, phase: Phase, record: dict, best: dict) -> str:
+    def line(self, phase: Phase, record: Record, best: Record) -> str:
         loss = "   -  " if record["train_loss"] is None else f"{record['train_loss']:.4f}"
         return (
             f"  {phase.name:<9} {record['epoch']:3d}  train loss {loss}  val loss {record['val_loss']:.4f}  "
@@ -114,7 +116,7 @@ class Quantization:
             f"entropy {record['entropy']:.3f} bit  best {best['accuracy']:6.2f}%"
         )
 
-    def best_network(self, record: dict) -> dict:
+    def best_network(self, record: Record) -> Content:
         content = network_content(
             self.spec,
             self.network,
@@ -127,10 +129,10 @@ class Quantization:
         )
         return content | {"layers": self.layers.state_dict()}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> Content:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Content) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.network.load_state_dict(state["network"])
 
@@ -138,4 +140,5 @@ class Quantization:
 def zeros_percent(network: nn.Module) -> float:
     """Share of a network's parameters that are zero, in percent."""
     parameters = list(network.parameters())
-    return 100 * sum((p == 0).sum() for p in parameters).item() / sum(p.numel() for p in parameters)
+    zeros = torch.stack([(p == 0).sum() for p in parameters]).sum().item()
+    return 100 * zeros / sum(p.numel() for p in parameters)

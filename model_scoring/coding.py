@@ -13,7 +13,7 @@ ways, and these go through a compressor; the shortest result is kept:
 import lzma
 import zlib
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -134,10 +134,10 @@ def encode_halves(values: np.ndarray) -> tuple[bytes, np.ndarray]:
 
 def decode_halves(high: bytes, low: np.ndarray) -> np.ndarray:
     """The float16 `[N]` that `encode_halves` took apart; ValueError if there are not N high bytes."""
-    high = decompress(DEFLATE, high, limit=low.size)
-    if high.size != low.size:
-        raise ValueError(f"{high.size} high bytes for {low.size} low ones")
-    return np.stack([low, high], axis=1).reshape(-1).view("<f2").astype(np.float16)
+    high_bytes = decompress(DEFLATE, high, limit=low.size)
+    if high_bytes.size != low.size:
+        raise ValueError(f"{high_bytes.size} high bytes for {low.size} low ones")
+    return np.stack([low, high_bytes], axis=1).reshape(-1).view("<f2").astype(np.float16)
 
 
 def compress(compressor: str, data: bytes) -> bytes:
@@ -156,6 +156,7 @@ def decompress(compressor: str, code: bytes, limit: int) -> np.ndarray:
     """
     if compressor == RAW:
         return np.frombuffer(code, np.uint8)
+    stream: Any  # both kinds have `decompress`, `eof` and `unused_data`
     try:
         if compressor == LZMA:
             stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[LZMA_FILTER])

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.store.checkpoint import read, save
+from engine.store.checkpoint import Content, read, save
 
 
-def masks(weight: Tensor) -> dict:
+def masks(weight: Tensor) -> Content:
     """A ternary weight as masks of its positive and its negative elements, eight a byte, and their two values."""
     positive, negative = weight > 0, weight < 0
     return {
@@ -21,7 +21,7 @@ def masks(weight: Tensor) -> dict:
     }
 
 
-def from_masks(layer: dict) -> Tensor:
+def from_masks(layer: Content) -> Tensor:
     """The weight that `masks` was made of."""
     shape = layer["shape"]
     weight = torch.zeros(shape, dtype=layer["w_p"].dtype)

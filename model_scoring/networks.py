@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,16 +9,17 @@ from torch import nn
 
 from engine.program.errors import UserError
 from engine.store.checkpoint import Checkpoint, naming, read_network, read_state_dict
+from model import Spec
 from model.identify import check_wanted, mismatches
 from model_scoring.packing import is_packed, read_packed
 
 
-def is_own(wanted: Mapping) -> bool:
+def is_own(wanted: Spec) -> bool:
     """Whether the spec `wanted` names the user's own builder, `module:function`."""
     return ":" in wanted.get("name", "")
 
 
-def load(path: Path, wanted: Mapping, image_size: int | None) -> tuple[Checkpoint, nn.Module]:
+def load(path: Path, wanted: Spec, image_size: int | None) -> tuple[Checkpoint, nn.Module]:
     """Read the network that `path` holds, in evaluation mode.
 
     Args:

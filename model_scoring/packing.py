@@ -36,12 +36,13 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from engine.program.errors import UserError
-from engine.store.checkpoint import TOLD, Checkpoint
+from engine.store.checkpoint import TOLD, Checkpoint, Content
 from engine.store.files import write_whole
-from model import ROWS
+from model import ROWS, Spec
 from model.identify import expected_state_dict, mismatches
 from model.selection import is_ternary
 from model_scoring import coding
@@ -196,7 +197,7 @@ def _is_ternary_layer(tensor: Tensor) -> bool:
 # One tensor, and its share of the streams.
 
 
-def _pack(name: str, tensor: Tensor) -> tuple[PackedLayer, dict]:
+def _pack(name: str, tensor: Tensor) -> tuple[PackedLayer, dict[str, ArrayLike]]:
     """What a tensor of stored values adds to the streams; the kind depends on its values alone."""
     values = tensor.reshape(-1).numpy()
     nonzero = values[values != 0]
@@ -215,7 +216,7 @@ def _pack(name: str, tensor: Tensor) -> tuple[PackedLayer, dict]:
     return layer, {"kinds": [layer.kind], **streams}
 
 
-def _pack_ternary(name: str, values: np.ndarray) -> tuple[PackedLayer, dict]:
+def _pack_ternary(name: str, values: np.ndarray) -> tuple[PackedLayer, dict[str, ArrayLike]]:
     positive, negative = values > 0, values < 0
     symbols = positive + 2 * negative.astype(np.uint8)
     position, code = coding.encode_symbols(symbols)
@@ -274,7 +275,7 @@ def _unpack(stock: _Stock, shape: tuple[int, ...]) -> Tensor:
 # The container.
 
 
-def _seal(streams: Streams, spec: dict, extra: dict) -> bytes:
+def _seal(streams: Streams, spec: Spec, extra: Content) -> bytes:
     """The whole file."""
     high, low = coding.encode_halves(streams["half"])
     arrays = {key: stream for key, stream in streams.items() if key != "half"}
@@ -284,7 +285,7 @@ def _seal(streams: Streams, spec: dict, extra: dict) -> bytes:
     return blank.replace(BLANK.encode(), hashlib.sha256(blank).hexdigest().encode(), 1)
 
 
-def _content(data: bytes, path: Path) -> dict:
+def _content(data: bytes, path: Path) -> Content:
     """What the metadata says, once version and digest are found right."""
     try:
         header = json.loads(data[8 : 8 + min(int.from_bytes(data[:8], "little"), MAX_HEADER)])
@@ -319,7 +320,7 @@ def _open(data: bytes) -> Streams:
     return streams
 
 
-def _network(spec: dict, path: Path) -> dict[str, Tensor]:
+def _network(spec: Spec, path: Path) -> dict[str, Tensor]:
     """Names and shapes of the network that `spec` describes: meta tensors, no memory whatever it claims."""
     row = ROWS.get(str(spec.get("name")))
     if row is None or spec.keys() != {"name", *row.arguments} or not all(_is_positive(spec[a]) for a in row.arguments):
@@ -338,7 +339,7 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _small(extra: dict) -> dict:
+def _small(extra: Content) -> Content:
     """What is kept of a checkpoint's `extra`, if a program here can have written it."""
     told = {key: is_valid for key, is_valid in TOLD.items() if key != "classes"}  # names would take many bytes
     return {key: extra[key] for key, is_valid in told.items() if key in extra and is_valid(extra[key])}

@@ -3,9 +3,9 @@
 import copy
 import json
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from engine.program.network_flags import wanted_spec
 from engine.program.report import say
 from engine.store.checkpoint import Checkpoint, find
 from engine.store.files import write_text
-from model import row_of
+from model import Spec, row_of
 from model.identify import describe
 from model_scoring.arguments import T_MODELS
 from model_scoring.export import Exports, export
@@ -105,20 +105,20 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def load_before(name: str, wanted: Mapping, image_size: int | None) -> Loaded:
+def load_before(name: str, wanted: Spec, image_size: int | None) -> Loaded:
     """The full-precision network `--before`: of the wanted name, if any, but of any multipliers."""
     same = {key: value for key, value in wanted.items() if key == "name"}
     return load(find(name, Path(T_MODELS)), same, image_size)
 
 
-def default_dataset(spec: Mapping) -> str:
+def default_dataset(spec: Spec) -> str:
     """The data set that a network with these classes was made for."""
     return {1000: "ImageNet", 10: "CIFAR10"}.get(spec["num_classes"], "CIFAR100")
 
 
 def score(
     loaded: Loaded, before: Loaded | None, dataset: str, recipe: Recipe, images: Images | None, exports: Exports
-) -> tuple[dict, Tally]:
+) -> tuple[dict[str, Any], Tally]:
     """Count, export, evaluate and compare a network, and print it; the report, and the tally listed in detail."""
     (checkpoint, network), task = loaded, task_of(dataset)
     tallies = count_all(loaded, recipe)
@@ -127,7 +127,7 @@ def score(
     export(network, checkpoint, exports)
     evaluation = evaluate_network(loaded, recipe, images) if images else None
     say(summary(tallies, task, dataset, checkpoint.spec["num_classes"], evaluation))
-    report = {
+    report: dict[str, Any] = {
         "checkpoint": str(checkpoint.path),
         "model": checkpoint.spec,
         "dataset": dataset,
@@ -140,7 +140,7 @@ def score(
         other, recipe = before[0], recipe.in_32_bit()
         first = count_all(before, recipe)[recipe.ruler]
         report["before"], accuracy = as_dict(first, task), None
-        if evaluation and other.spec["num_classes"] == checkpoint.spec["num_classes"]:
+        if images and evaluation and other.spec["num_classes"] == checkpoint.spec["num_classes"]:
             accuracy = evaluate_network(before, recipe, images)
             report["before"]["evaluation"] = as_dict_of(accuracy)
         names = f"{other.path.name} at 32 bit, {checkpoint.path.name} as above"
@@ -186,6 +186,6 @@ def evaluate_network(loaded: Loaded, recipe: Recipe, images: Images) -> Evaluati
     return evaluate(machine.place(network), data, machine)
 
 
-def as_dict_of(evaluation: Evaluation | None) -> dict | None:
+def as_dict_of(evaluation: Evaluation | None) -> dict[str, Any] | None:
     """An evaluation, ready for JSON."""
-    return evaluation and {**asdict(evaluation), "accuracy": evaluation.accuracy}
+    return {**asdict(evaluation), "accuracy": evaluation.accuracy} if evaluation else None

@@ -1,6 +1,7 @@
 """What a score looks like: the listing of one ruler, the summary of all, before beside after, and JSON."""
 
 from dataclasses import asdict
+from typing import Any
 
 from engine.evaluation import Evaluation
 from engine.program.report import table, with_unit
@@ -65,8 +66,10 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
             f"parameters rounded to {value} bit)"
         )
     for name, tally in tallies.items():
-        for entry in tally.uncounted:
-            lines.append(f"Uncounted  {name}: {entry.operation}, {entry.count} times in {entry.place or 'the network'}")
+        lines += [
+            f"Uncounted  {name}: {entry.operation}, {entry.count} times in {entry.place or 'the network'}"
+            for entry in tally.uncounted
+        ]
     return "\n".join(lines)
 
 
@@ -85,7 +88,7 @@ def before_and_after(
     return table(["", "before", "after"], rows)
 
 
-def as_dict(tally: Tally, task: Task) -> dict:
+def as_dict(tally: Tally, task: Task) -> dict[str, Any]:
     """A tally with its sums, ready for JSON."""
     return {
         **asdict(tally),

@@ -208,7 +208,7 @@ def measure(
             key = node.operation, node.place
             uncounted.setdefault(key, Uncounted(node.operation, 0, node.place)).count += 1
         line = _stored(node, folding, widths.value, formats, seen)
-        if operations is not None and rule.group:
+        if rule and operations is not None and rule.group:
             line.mults, line.adds = operations.mults, operations.adds
             line.tree_adds, line.tree_bits = operations.tree_adds, operations.tree_bits
             _add(lines[rule.group], line)
@@ -226,7 +226,7 @@ def _stored(
     layer = folding.layers.get(node)
     readers = [node, *layer.norms] if layer else [node]
     values = {value.stored or value: value for reader in readers for value in reader.inputs if value.fixed}
-    new = [value for key, value in values.items() if key not in seen and value.data is not None]
+    new = {value: value.data for key, value in values.items() if key not in seen and value.data is not None}
     seen.update(values)
 
     name, note, bits = node.name, "", 0
@@ -239,8 +239,8 @@ def _stored(
         name = _module(node.arguments["running_mean"]) or name
         bits = 2 * b * folding.varying_channels(node.output) if new else 0
     else:
-        bits = sum(smallest(formats(_matrix(value.data), b))[1] for value in new)
-    weights = [value.data for value in new if value.trained]
+        bits = sum(smallest(formats(_matrix(data), b))[1] for data in new.values())
+    weights = [data for value, data in new.items() if value.trained]
     numel = sum(weight.numel() for weight in weights)
     nonzero = sum(int(weight.count_nonzero()) for weight in weights)
     return Line(name, bits, numel=numel, nonzero=nonzero, note=note)

@@ -164,7 +164,7 @@ def _layer(node: Node) -> Layer | None:
         input, weight, bias = arguments["self"], arguments["mat2"], None
     else:
         return None
-    if weight.data is None or bias is not None and bias.data is None:
+    if weight.data is None or (bias is not None and bias.data is None):
         return None
     weights = weight.data if node.operation == "convolution" else weight.data.t()
     return Layer(node, input, weight, bias, weights.reshape(*weights.shape[:2], -1))
@@ -193,6 +193,7 @@ def _normalized(node: Node, constants: Tensor) -> Tensor:
         None if (value := node.arguments[name]) is None else value.data.double()
         for name in ("running_mean", "running_var", "weight", "bias")
     )
+    assert mean is not None and variance is not None  # see `is_batch_norm`
     eps = node.arguments["epsilon" if "epsilon" in node.arguments else "eps"]
     normal = (constants - mean) / (variance + eps).sqrt()
     return normal * (1 if scale is None else scale) + (0 if bias is None else bias)
@@ -211,6 +212,7 @@ def _follow_constants(nodes: list[Node], folding: Folding) -> None:
             layer.kept |= channels
 
     for node in nodes:
+        output: Tensor | None
         known = [value for value in dict.fromkeys(node.inputs) if value in constants]
         if node in folding.layers:
             layer = folding.layers[node]
@@ -245,6 +247,7 @@ def _dead_outputs(layer: Layer, constants: Tensor | None) -> Tensor:
     """[c_out] the bias of dead filters, with what removed inputs add to it; NaN for the others."""
     outputs = torch.zeros(len(layer.terms), dtype=torch.float64)
     if layer.bias is not None:
+        assert layer.bias.data is not None  # see `_layer`
         outputs += layer.bias.data
     if constants is not None:
         inputs = _by_filter(constants.nan_to_num(), layer).where(~layer.reads, 0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,8 +107,8 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 def _run(network: nn.Module, shape: tuple[int, ...], device: torch.device) -> list[Node]:
     """Run `network` on `device` with copies of its parameters and buffers; the originals stay in `data`."""
-    stored = dict(network.named_parameters(remove_duplicate=False))
-    stored |= dict(network.named_buffers(remove_duplicate=False))
+    stored: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    stored |= network.named_buffers(remove_duplicate=False)
     copies = {id(tensor): tensor.detach().to(device, copy=True) for tensor in stored.values()}
     used = {name: copies[id(tensor)] for name, tensor in stored.items()}  # what is shared stays shared
     dtype = next((tensor.dtype for tensor in used.values() if tensor.is_floating_point()), torch.float32)
@@ -145,10 +146,10 @@ class _Recorder(TorchDispatchMode):
     def places(self) -> Iterator[None]:
         """Follow which module is running; torch's hooks for all modules leave the network's own alone."""
 
-        def enter(module, inputs) -> None:
+        def enter(module: nn.Module, inputs: object) -> None:
             self._running.append(module)
 
-        def leave(module, inputs, output) -> None:
+        def leave(module: nn.Module, inputs: object, output: object) -> None:
             self._running.pop()
 
         handles = [
@@ -161,7 +162,9 @@ class _Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         arguments = tree_map_only(Tensor, self._value, _by_name(function, args, kwargs))
         result = function(*args, **kwargs)
@@ -179,15 +182,18 @@ class _Recorder(TorchDispatchMode):
             self.add(Value(tensor, fixed=True, data=None if tensor.is_meta else tensor))
         return self._values[id(tensor)]
 
-    def _add_fixed(self, function, args, kwargs, results: list[Tensor]) -> None:
+    def _add_fixed(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]
+    ) -> None:
         """Compute on the real values what does not depend on the image."""
         inputs = [self._value(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        data = [None] * len(results)
+        data: list[Tensor | None] = [None] * len(results)
         if inputs and all(value.data is not None for value in inputs):
             changes = function._schema.is_mutable
 
             def real(tensor: Tensor) -> Tensor:
                 values = self._value(tensor).data
+                assert values is not None
                 return values.clone() if changes else values
 
             result = function(*tree_map_only(Tensor, real, args), **tree_map_only(Tensor, real, kwargs))
@@ -219,7 +225,7 @@ class _Recorder(TorchDispatchMode):
         self.nodes.append(node)
 
 
-def _by_name(function, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an operation by their names in its schema, defaults included."""
     arguments = {}
     for position, argument in enumerate(function._schema.arguments):

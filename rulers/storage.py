@@ -59,5 +59,5 @@ def improved_formats(matrix: Matrix, b: int) -> Formats:
 
 def smallest(formats: Formats) -> tuple[str, int]:
     """The format with the fewest bits, and the bits; of equal ones the first."""
-    name = min(formats, key=formats.get)
+    name = min(formats, key=formats.__getitem__)
     return name, formats[name]

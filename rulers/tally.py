@@ -129,7 +129,7 @@ class Tally:
 
     @property
     def numel(self) -> int:
-        return sum(group.total("numel") for group in self.groups)
+        return sum(int(group.total("numel")) for group in self.groups)
 
     @property
     def zeros_percent(self) -> float:

@@ -44,7 +44,7 @@ def own_signals() -> Iterator[None]:
     """Programs that run in this process leave the signals to the system when they end."""
     handlers = [signal.getsignal(number) for number in SIGNALS]
     yield
-    for number, handler in zip(SIGNALS, handlers):
+    for number, handler in zip(SIGNALS, handlers, strict=True):
         signal.signal(number, handler)
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ class ImagesInMemory:
 
     @property
     def num_train_batches(self) -> int:
-        return max(1, len(self.train[1]) // self.batch_size)
+        return max(1, self.num_train_images // self.batch_size)
 
     @property
     def num_val_batches(self) -> int:
@@ -65,7 +67,7 @@ class ImagesInMemory:
 
     @property
     def num_train_images(self) -> int:
-        return len(self.train[1])
+        return len(self.train[1]) if self.train else 0
 
     @property
     def num_val_images(self) -> int:
@@ -84,6 +86,7 @@ class ImagesInMemory:
 
         Several processes share each batch; their order is the same, their augmentation draws are not.
         """
+        assert self.train, "read for evaluation only"
         images, labels = self.train
         generator = torch.Generator(images.device).manual_seed(seed)
         order = torch.randperm(len(labels), device=images.device, generator=generator)
@@ -101,7 +104,7 @@ class ImagesInMemory:
 
 
 @dataclass(frozen=True)
-class Photographs(Dataset):
+class Photographs(Dataset[tuple[Tensor, int] | UserError]):
     """Image files and their labels; `transform` makes a tensor `[3, H, W]` of each.
 
     Its random draws follow from `seed` and the image's index: however many workers share the work, the same
@@ -127,7 +130,7 @@ class Photographs(Dataset):
             return self.transform(image), label
 
 
-def _collate(items: list) -> list[Tensor] | UserError:
+def _collate(items: list[tuple[Tensor, int] | UserError]) -> list[Tensor] | UserError:
     """Items as a batch, or the first error among them."""
     errors = (item for item in items if isinstance(item, UserError))
     return next(errors, None) or default_collate(items)
@@ -150,7 +153,7 @@ class ImagesOnDisk:
 
     @property
     def num_train_batches(self) -> int:
-        return max(1, len(self.train) // self.batch_size)
+        return max(1, self.num_train_images // self.batch_size)
 
     @property
     def num_val_batches(self) -> int:
@@ -158,7 +161,7 @@ class ImagesOnDisk:
 
     @property
     def num_train_images(self) -> int:
-        return len(self.train)
+        return len(self.train) if self.train else 0
 
     @property
     def num_val_images(self) -> int:
@@ -177,6 +180,7 @@ class ImagesOnDisk:
 
         Several processes share each batch.
         """
+        assert self.train, "read for evaluation only"
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
         starts = range(0, self.num_train_batches * self.batch_size, self.batch_size)
         batches = [distributed.shard(order[start : start + self.batch_size]) for start in starts]
@@ -186,9 +190,9 @@ class ImagesOnDisk:
         """Every validation image once, in order, normalised; several processes share them."""
         order = distributed.shard(range(len(self.val)))
         starts = range(0, len(order), self.val_batch_size)
-        return self._on_device(self._loader(self.val, [order[i : i + self.val_batch_size] for i in starts]))
+        return self._on_device(self._loader(self.val, [list(order[i : i + self.val_batch_size]) for i in starts]))
 
-    def _loader(self, images: Photographs, batches: list) -> DataLoader:
+    def _loader(self, images: Photographs, batches: list[list[int]]) -> DataLoader[Any]:
         """A loader of the images whose indices are in `batches`."""
         return DataLoader(
             images,
@@ -199,7 +203,7 @@ class ImagesOnDisk:
             generator=torch.Generator(),  # of the workers' seeds, which nothing uses: the global stream stays alone
         )
 
-    def _on_device(self, loader: DataLoader) -> Batches:
+    def _on_device(self, loader: DataLoader[Any]) -> Batches:
         with _signals_held():
             batches = iter(loader)
         for batch in batches:
@@ -251,7 +255,7 @@ def load_data(request: ImageRequest, device: torch.device) -> Data:
     with distributed.first_process_first():
         source = find_source(request.name, Path(request.path), request.train, threads=max(request.workers, 1))
         if isinstance(source, ClassFolders) and _are_photographs(request.name, source):
-            data = _on_disk(request, source, device)
+            data: Data = _on_disk(request, source, device)
         else:
             data = _in_memory(request, source, device)
     where = request.name if DATASETS[request.name].source == "scikit-learn" else f"{request.name} in {request.path}"
@@ -322,15 +326,15 @@ def _signals_held() -> Iterator[None]:
 
     An exception that a signal's handler raises in the middle of a fork would be lost.
     """
-    held = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    held: list[tuple[int, FrameType | None]] = []
+    present = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in present.items() if callable(handler)}
     for number in handlers:
-        signal.signal(number, lambda *arguments: held.append(arguments))
+        signal.signal(number, lambda number, frame: held.append((number, frame)))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for arguments in held[:1]:
-            handlers[arguments[0]](*arguments)
+        for caught, frame in held[:1]:
+            handlers[signal.Signals(caught)](caught, frame)

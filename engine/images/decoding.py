@@ -11,7 +11,8 @@ from engine.program.errors import UserError
 def open_image(path: str) -> Image.Image:
     """Decode an image file as RGB; UserError with its path where that fails."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
             if image.mode.startswith("I"):  # 16 bit of grey, which Pillow would cut off at 255
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode == "P":  # Pillow warns of a palette with transparency unless that is kept at first

@@ -92,9 +92,9 @@ def _image_files(split: Path, classes: Sequence[str], every_class: bool = True) 
     """
     if annotations := _annotations(split):
         label_of = {name: label for label, name in enumerate(classes)}
-        files = [(os.path.join(split, "images", name), label_of[label]) for name, label in annotations.items()]
-        return sorted(files)
-    files, left_out = [], Counter()
+        return sorted((os.path.join(split, "images", name), label_of[label]) for name, label in annotations.items())
+    files: list[tuple[str, int]] = []
+    left_out: Counter[str] = Counter()
     for label, name in enumerate(classes):
         found = sorted(
             os.path.join(folder, file)

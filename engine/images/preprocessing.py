@@ -25,5 +25,5 @@ def for_validation(preprocessing: Preprocessing, size: int) -> Transform:
     return transforms.Compose([resize, transforms.CenterCrop(size), *_to_normal(preprocessing)])
 
 
-def _to_normal(preprocessing: Preprocessing) -> list:
+def _to_normal(preprocessing: Preprocessing) -> list[Callable[..., Tensor]]:
     return [transforms.ToTensor(), transforms.Normalize(*preprocessing.photographs)]

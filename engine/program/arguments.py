@@ -2,6 +2,8 @@
 
 import argparse
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 from engine.images.datasets import DATA_PATH, DATASETS, MAX_IMAGE_SIZE
 from engine.program.launch import Parser
@@ -9,9 +11,11 @@ from engine.program.launch import Parser
 MAX_INT = 2**31 - 1
 MAX_WORKERS = 1024
 
+Number = TypeVar("Number", int, float)
 
-def _number(convert, accept, wanted: str):
-    def parse(text: str):
+
+def _number(convert: Callable[[str], Number], accept: Callable[[Number], bool], wanted: str) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         try:
             value = convert(text)
             valid = math.isfinite(value) and accept(value)
@@ -71,7 +75,7 @@ def add_machine_arguments(parser: Parser, training: bool = True) -> argparse._Ar
     return group
 
 
-def switch(group, name: str, default: bool, description: str) -> None:
+def switch(group: argparse._ArgumentGroup, name: str, default: bool, description: str) -> None:
     """Add the pair `--name` / `--no-name`."""
     group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=description)
 

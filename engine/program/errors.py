@@ -18,4 +18,4 @@ class UserError(Exception):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that this machine or its GPU has not enough memory, as Python and torch say it."""
     kinds = (RuntimeError, OSError)
-    return isinstance(error, MemoryError) or isinstance(error, kinds) and bool(OUT_OF_MEMORY.search(str(error)))
+    return isinstance(error, MemoryError) or (isinstance(error, kinds) and bool(OUT_OF_MEMORY.search(str(error))))

@@ -4,11 +4,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 SECONDS_TO_STOP = 5  # then an interruption is repeated
 SECONDS_TO_REPEAT = 0.05
 
-INTERRUPTIONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+INTERRUPTIONS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 @contextmanager
@@ -17,16 +18,16 @@ def interruptions() -> Iterator[list[int]]:
 
     Destructors and the like swallow exceptions: the interruption is then repeated.
     """
-    caught = []
+    caught: list[int] = []
     wanted = [number for number in INTERRUPTIONS if signal.getsignal(number) != signal.SIG_IGN]
     unraisable = sys.unraisablehook
 
-    def interrupt(number, frame):
+    def interrupt(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_STOP)
         raise KeyboardInterrupt
 
-    def swallowed(what):
+    def swallowed(what: "sys.UnraisableHookArgs") -> None:
         if caught and what.exc_type is KeyboardInterrupt:
             signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_REPEAT)
         else:

@@ -2,11 +2,13 @@
 
 import argparse
 import importlib
+import io
 import os
 import re
 import signal
 import sys
 from contextlib import suppress
+from typing import Any, NoReturn
 
 from engine.program.errors import EXIT_WRONG_INPUT, UserError, is_out_of_memory
 from engine.program.interruptions import INTERRUPTIONS, interruptions
@@ -22,10 +24,10 @@ TOO_SMALL = re.compile(r"Kernel size can.t be greater than actual input|Expected
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose help shows every default that there is."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         line = self.line(f"error: {message} (see {self.prog} --help)")
         self.exit(EXIT_WRONG_INPUT, line if is_first() else None)
 
@@ -37,8 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False and action.nargs == 0:
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or (action.default is False and action.nargs == 0):
             return action.help
         return super()._get_help_string(action)
 
@@ -50,7 +52,7 @@ def launch(parser: Parser, program: str) -> None:
     with a traceback, a bug; 130 interrupted, 143 terminated; 141 nobody reads the output any more (`| head`).
     """
     args = parser.parse_args()
-    with suppress(AttributeError):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     with interruptions() as caught:
         try:

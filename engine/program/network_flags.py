@@ -6,7 +6,7 @@ from engine.program.arguments import nonnegative_float, positive_float
 from engine.program.errors import UserError
 from engine.program.launch import Parser
 from model import ROWS
-from model.registry import MAX_MULTIPLIER
+from model.registry import MAX_MULTIPLIER, Spec
 
 
 def _known_model(text: str) -> str:
@@ -48,12 +48,13 @@ def add_model_arguments(
     return group
 
 
-def wanted_spec(model: str | None, dw_multps: list[float] | None, phi: float | None) -> dict:
+def wanted_spec(model: str | None, dw_multps: list[float] | None, phi: float | None) -> Spec:
     """The part of a spec that `--model`, `--dw-multps` and `--phi` ask for; flags left out ask for nothing."""
-    spec = {"name": model} if model else {}
-    if dw_multps or phi is not None:
-        spec |= scaled(*(dw_multps or (1.4, 1.2)), 3.5 if phi is None else phi)
-    return spec
+    name = {"name": model} if model else {}
+    if not dw_multps and phi is None:
+        return name
+    d, w = dw_multps or (1.4, 1.2)
+    return name | scaled(d, w, 3.5 if phi is None else phi)
 
 
 def scaled(d: float, w: float, phi: float) -> dict[str, float]:

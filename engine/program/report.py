@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from engine.program import processes
+
+Item = TypeVar("Item")
 
 
 def say(line: str = "") -> None:
@@ -16,19 +19,19 @@ def say(line: str = "") -> None:
     sys.stdout.flush()
 
 
-def progress(items: Iterable, description: str, total: int) -> tqdm:
+def progress(items: Iterable[Item], description: str, total: int) -> "tqdm[Item]":
     """Iterate with a progress bar on a terminal; silently where the console is redirected."""
     silent = not (processes.is_first() and sys.stderr.isatty() and sys.stdout.isatty())
     return tqdm(items, desc=description, total=total, leave=False, disable=silent)
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence]) -> str:
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Lay out rows under headers, first column left, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in (headers, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     first = [row[0].ljust(widths[0]) for row in cells]
-    lines = [left + line[widths[0] :] for left, line in zip(first, lines)]
+    lines = [left + line[widths[0] :] for left, line in zip(first, lines, strict=True)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

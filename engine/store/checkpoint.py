@@ -8,10 +8,11 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,13 @@ from engine.store import torch_file
 from engine.store.files import write_whole
 from model import build
 from model.identify import OtherNetwork, identify
+from model.registry import Spec
 
 SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors")
 LISTED = 12  # files of a folder that an error message names
+
+Content = dict[str, Any]
+"""What is written to or read from a file: tensors, plain values, and dicts and lists of them, by name."""
 
 
 @dataclass
@@ -33,9 +38,9 @@ class Checkpoint:
     """A network on disk: its spec, its tensors on the CPU, and whatever else the file holds."""
 
     path: Path
-    spec: dict
+    spec: Spec
     state_dict: dict[str, Tensor]
-    extra: dict = field(default_factory=dict)
+    extra: Content = field(default_factory=dict)
 
     @property
     def image_size(self) -> int | None:
@@ -82,21 +87,21 @@ class Checkpoint:
         """Say aloud where the network was trained on classes of other names, or in another order."""
         known = self.extra.get("classes", classes)
         if known != classes:
-            i = next(i for i, (one, other) in enumerate(zip(known, classes)) if one != other)
+            i = next(i for i, (one, other) in enumerate(zip(known, classes, strict=True)) if one != other)
             say(
                 f"OTHER CLASSES: {self.path} was trained on classes of other names or in another order than those in "
                 f"{data_path}: number {i + 1} was {known[i]!r} and is {classes[i]!r}"
             )
 
 
-def save(content: dict, path: Path) -> None:
+def save(content: Content, path: Path) -> None:
     """Write `content` with torch.save; no moment leaves half a file."""
     buffer = io.BytesIO()
     torch.save(_canonical(content), buffer)
     write_whole(buffer.getbuffer(), path)
 
 
-def _canonical(content):
+def _canonical(content: Any) -> Any:
     """`content` in plain containers that share nothing, so that equal content gives equal bytes when pickled."""
     if isinstance(content, Mapping):
         return {_canonical(key): _canonical(value) for key, value in content.items()}
@@ -117,7 +122,7 @@ def expecting(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: is not {what} ({reason}); --no-resume starts the run afresh") from None
 
 
-def network_content(spec: dict, network: nn.Module, /, **extra) -> dict:
+def network_content(spec: Spec, network: nn.Module, /, **extra: object) -> Content:
     """The content of a checkpoint of `network`: tensors on the CPU, in the default memory layout."""
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
     return {"model": dict(spec), "state_dict": tensors} | extra
@@ -140,7 +145,7 @@ def find(name: str, folder: Path) -> Path:
     raise UserError(f"no file {name!r}, neither as a path nor in {folder} ({_listing(folder)})")
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> Content:
     """Read a torch file without executing anything in it; UserError where it is not one, or damaged."""
     if path.suffix == ".safetensors":
         unpacking = f"run_scoring.py --t-model {path} --unpack FILE.pt"
@@ -193,7 +198,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state_dict
 
 
-def read_network(path: Path, wanted: dict | None = None) -> Checkpoint:
+def read_network(path: Path, wanted: Spec | None = None) -> Checkpoint:
     """Read a network's checkpoint; what the file says of itself goes first, then names and shapes.
 
     `wanted` is a spec that the user's flags ask for, possibly partial; a checkpoint of another
@@ -213,18 +218,19 @@ def read_network(path: Path, wanted: dict | None = None) -> Checkpoint:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Identify the network in the file `path` in here: what is wrong with it becomes a UserError that names the file."""
+    """Identify the network in the file `path` in here: what is wrong with it becomes a UserError that names it."""
     try:
         yield
     except OtherNetwork as error:
         raise UserError(f"{path} {error}") from None
     except ValueError as error:
         raise UserError(
-            f"{path}: {error}; {_another(path)}; run_scoring.py scores networks of your own with --model module:function"
+            f"{path}: {error}; {_another(path)}; "
+            f"run_scoring.py scores networks of your own with --model module:function"
         ) from None
 
 
-def _state_dict(content: dict, path: Path) -> dict[str, Tensor]:
+def _state_dict(content: Content, path: Path) -> dict[str, Tensor]:
     tensors = content
     for key in ("state_dict", "model_state_dict", "net", "model"):
         if isinstance(content.get(key), Mapping) and _all_tensors(content[key]):
@@ -236,11 +242,11 @@ def _state_dict(content: dict, path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
-def _all_tensors(tensors: Mapping) -> bool:
+def _all_tensors(tensors: Mapping[str, object]) -> bool:
     return bool(tensors) and all(isinstance(t, Tensor) and isinstance(name, str) for name, t in tensors.items())
 
 
-def _check_values(state_dict: dict, path: Path) -> None:
+def _check_values(state_dict: dict[str, Tensor], path: Path) -> None:
     """Raise a UserError unless all tensors are plain and finite."""
     for name, tensor in state_dict.items():
         counts = name.endswith("num_batches_tracked")
@@ -257,7 +263,8 @@ def _is_image_size(size: object) -> bool:
     return type(size) is int and 0 < size <= MAX_IMAGE_SIZE
 
 
-TOLD = {  # what a checkpoint says of its network's training, and what a program here can have written there
+# What a checkpoint says of its network's training, and what a program here can have written there.
+TOLD: dict[str, Callable[[object], bool]] = {
     "dataset": lambda name: type(name) is str and name in DATASETS,
     "image_size": _is_image_size,
     "val_image_size": _is_image_size,
@@ -266,6 +273,6 @@ TOLD = {  # what a checkpoint says of its network's training, and what a program
 }
 
 
-def _usable(extra: dict) -> dict:
+def _usable(extra: Content) -> Content:
     """`extra` without what no program here can have written."""
     return {key: value for key, value in extra.items() if key not in TOLD or TOLD[key](value)}

@@ -7,7 +7,7 @@ import socket
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from engine.program import processes
 from engine.program.errors import UserError
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
     write_whole(text.encode(), path)
 
 
-def _open_locked(path: Path):
+def _open_locked(path: Path) -> BinaryIO:
     """Make a file that `_remove_unfinished` leaves alone as long as it is open."""
     while True:
         file = open(path, "xb")

@@ -17,13 +17,16 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from engine import distributed
 from engine.program import processes
 from engine.program.errors import UserError
-from engine.store.checkpoint import read, save
+from engine.store.checkpoint import Content, read, save
 from engine.store.files import hold, write_text, write_whole
+
+Record = dict[str, Any]
+"""Plain values by name: an epoch as the log has it, or the result of a run."""
 
 
 class Run:
@@ -32,13 +35,13 @@ class Run:
     `history`, one dict an epoch, and `state` come from `last.pt` when the run is resumed.
     """
 
-    def __init__(self, parent: Path, label: str, arguments: dict):
+    def __init__(self, parent: Path, label: str, arguments: dict[str, Any]):
         self.arguments = json.loads(json.dumps(arguments))
         digest = hashlib.sha256(json.dumps(self.arguments, sort_keys=True).encode()).hexdigest()
         self.label = label
         self.folder = parent / f"{label}-{digest[:6]}"
-        self.history: list[dict] = []
-        self.state: dict | None = None
+        self.history: list[Record] = []
+        self.state: Content | None = None
         self._lock: TextIO | None = None
         self._counted_to = 0.0
 
@@ -47,7 +50,7 @@ class Run:
         return self.folder / "last.pt"
 
     @property
-    def result(self) -> dict | None:
+    def result(self) -> Record | None:
         """What `finish` wrote, or None while the run is not finished."""
         try:
             result = json.loads((self.folder / "result.json").read_text())
@@ -56,7 +59,7 @@ class Run:
         return result if isinstance(result, dict) and "accuracy" in result else None
 
     @property
-    def log(self) -> list[dict]:
+    def log(self) -> list[Record]:
         """The records of all epochs noted so far, as `log.jsonl` has them."""
         return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
 
@@ -90,8 +93,8 @@ class Run:
         if processes.is_first():
             self._lock = self._lock or hold(self.folder / "lock")
 
-    def adopt(self, path: Path, content: dict) -> None:
-        """Take over `content`, read from `path`, the `last.pt` of a run with the same arguments, and what is beside it."""
+    def adopt(self, path: Path, content: Content) -> None:
+        """Take over `content` of `path`, the `last.pt` of a run with the same arguments, and what is beside it."""
         if path.resolve() != self.last.resolve():
             self._hold()
             (self.folder / "result.json").unlink(missing_ok=True)
@@ -99,14 +102,14 @@ class Run:
                 write_whole(file.read_bytes(), self.folder / file.name)
             save(content, self.last)
 
-    def difference(self, theirs: dict) -> str:
+    def difference(self, theirs: dict[str, Any]) -> str:
         """Say the first argument in which a run with the arguments `theirs` differs from this one."""
         missing = object()
         keys = {**theirs, **self.arguments}
         key = next(key for key in keys if theirs.get(key, missing) != self.arguments.get(key, missing))
         return f"{key} was {theirs.get(key)} and is {self.arguments.get(key)}"
 
-    def save_epoch(self, record: dict, state: dict) -> None:
+    def save_epoch(self, record: Record, state: Content) -> None:
         """Note an epoch and save what resuming after it needs."""
         self.history.append(record)
         save({"arguments": self.arguments, "state": state, "history": self.history}, self.last)
@@ -126,7 +129,7 @@ class Run:
     def _write_log(self) -> None:
         write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
-    def finish(self, result: dict) -> None:
+    def finish(self, result: Record) -> None:
         """Write the result, and let other processes at this run."""
         write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         if self._lock:  # the first process's
@@ -134,7 +137,7 @@ class Run:
             self._lock = None
 
 
-def _read_state(path: Path) -> dict:
+def _read_state(path: Path) -> Content:
     content = read(path)
     kinds = {"arguments": dict, "state": dict, "history": list}
     if not all(isinstance(content.get(key), kind) and content[key] for key, kind in kinds.items()):

@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import torch
 from torch import Tensor
@@ -77,11 +77,11 @@ def _check_archive(file: BinaryIO, size: int) -> None:
                     _check_names(stream)
 
 
-def _check_names(pickle: BinaryIO) -> None:
+def _check_names(pickle: IO[bytes]) -> None:
     """Refuse a pickle that names what is not needed for tensors and plain values."""
     for operation, argument, _ in pickletools.genops(pickle):
-        if operation.name == "GLOBAL" and not HARMLESS.fullmatch(argument):
-            name = argument.replace(" ", ".").removeprefix("__builtin__.")
+        if operation.name == "GLOBAL" and not HARMLESS.fullmatch(str(argument)):
+            name = str(argument).replace(" ", ".").removeprefix("__builtin__.")
             raise Refused(f"holds the Python object {name}, and only tensors and plain values are read from files")
 
 

@@ -22,13 +22,23 @@ ResNet-20, which the 2019 programs did not score, is read as a MicroNet without 
 without a BatchNorm before its convolutions; see `residual`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from model import row_of
 from rulers.published import efficientnet, residual
-from rulers.tally import Tally, Widths
+from rulers.tally import Group, Tally, Widths
 
-FORMS = {"micronet": residual.micronet, "resnet": residual.resnet, "efficientnet": efficientnet.efficientnet}
+# From a network of the family, the images' size and b to the groups and `params`.
+Form = Callable[[Any, int, int], tuple[list[Group], int]]
+
+FORMS: dict[str, Form] = {
+    "micronet": residual.micronet,
+    "resnet": residual.resnet,
+    "efficientnet": efficientnet.efficientnet,
+}
 """The closed form of each family of networks that has one."""
 
 

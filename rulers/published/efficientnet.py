@@ -1,6 +1,7 @@
 """The forms of EfficientNet."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -18,6 +19,9 @@ from rulers.published.terms import (
 )
 from rulers.tally import Group, Line
 
+if TYPE_CHECKING:
+    from efficientnet_pytorch import EfficientNet
+
 # A layer and its `div`.
 Placed = tuple[Layer, float]
 
@@ -31,7 +35,7 @@ _BLOCK_LAYERS = {
 }
 
 
-def efficientnet(network: nn.Module, size: int, b: int) -> tuple[list[Group], int]:
+def efficientnet(network: "EfficientNet", size: int, b: int) -> tuple[list[Group], int]:
     """EfficientNet's eight groups and, as a ninth, its skip additions; and `params`."""
     stem = Layer("_conv_stem", network._conv_stem, (network._bn0,))
     head = Layer("_conv_head", network._conv_head, (network._bn1,))
@@ -56,14 +60,14 @@ def efficientnet(network: nn.Module, size: int, b: int) -> tuple[list[Group], in
     return groups, sum(layer.merged_params for layer in layers)
 
 
-def _block_layers(network: nn.Module) -> tuple[dict[str, list[Placed]], list[Placed]]:
+def _block_layers(network: "EfficientNet") -> tuple[dict[str, list[Placed]], list[Placed]]:
     """The blocks' layers by kind, and the project convolutions that a skip addition follows.
 
     Quirk: `div` is halved already at a block with stride 2, for its expand and depthwise convolutions too
     early. (Blocks 2, 5, 8 and 16 of B1 and B2; 2, 5, 8, 18 of B3; 2, 6, 10, 22 of B4.)
     """
-    parts = {kind: [] for kind in _BLOCK_LAYERS}
-    skips = []
+    parts: dict[str, list[Placed]] = {kind: [] for kind in _BLOCK_LAYERS}
+    skips: list[Placed] = []
     div = 1 / 2
     for i, block in enumerate(network._blocks):
         stride = block._depthwise_conv.stride[0]
@@ -83,8 +87,8 @@ def _outputs(layer: Layer, div: float, size: int) -> int:
 
     Below 160 pixels the last blocks' 5x5 kernels do not fit any more, and the form means nothing there.
     """
-    stride = layer.module.stride[0]
-    return out_size(size, div, layer.kernel, stride, padding=0)
+    assert isinstance(layer.module, nn.Conv2d)
+    return out_size(size, div, layer.kernel, layer.module.stride[0], padding=0)
 
 
 def _convolution(layer: Layer, n: int, b: int, ternary: bool = False) -> Line:

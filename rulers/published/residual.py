@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from model import micronet as micronets
+from model import resnet as resnets
 from rulers.published.terms import (
     RELU,
     Layer,
@@ -22,56 +25,67 @@ from rulers.tally import Group, Line
 # (biases, multiplications, additions) that stand beside a convolution, from its index, n, live_in, live_out.
 Extras = Callable[[int, int, int, int], tuple[int, int, int]]
 
+Block = TypeVar("Block", bound=nn.Module)
 
-def micronet(network: nn.Module, size: int, b: int) -> tuple[list[Group], int]:
+
+class Beside(NamedTuple):
+    """What stands beside the convolutions of blocks: `extras` of each, and the operations of the `last` activation."""
+
+    extras: Extras
+    last: tuple[int, int]
+
+
+def micronet(network: micronets.MicroNet, size: int, b: int) -> tuple[list[Group], int]:
     """Groups and `params` of MicroNet."""
     shortcuts, ternary = [], []
-    for name, block in _blocks(network):
+    for name, block in _blocks(network, micronets.Block):
         ternary.append(Layer(f"{name}.conv1", block.conv1, (block.bn1, block.bn2)))
         ternary.append(Layer(f"{name}.conv2", block.conv2, (block.bn3,)))
         if len(block.shortcut):
-            shortcuts.append(Layer(f"{name}.shortcut.0", block.shortcut[0], (block.shortcut[1],)))
-    return _residual_groups(network, shortcuts, ternary, size, b, _micronet_extras, last=RELU)
+            convolution, norm = block.shortcut
+            assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+            shortcuts.append(Layer(f"{name}.shortcut.0", convolution, (norm,)))
+    return _residual_groups(network, shortcuts, ternary, size, b, Beside(_micronet_extras, last=RELU))
 
 
-def resnet(network: nn.Module, size: int, b: int) -> tuple[list[Group], int]:
+def resnet(network: resnets.ResNet20, size: int, b: int) -> tuple[list[Group], int]:
     """Groups and `params` of ResNet-20 by MicroNet's forms; our reading, the 2019 programs did not score it.
 
     Its shortcuts have no weights, and its last ReLU is already one of `_resnet_extras`.
     """
     ternary = []
-    for name, block in _blocks(network):
+    for name, block in _blocks(network, resnets.Block):
         ternary.append(Layer(f"{name}.conv1", block.conv1, (block.bn1,)))
         ternary.append(Layer(f"{name}.conv2", block.conv2, (block.bn2,)))
-    return _residual_groups(network, [], ternary, size, b, _resnet_extras, last=(0, 0))
+    return _residual_groups(network, [], ternary, size, b, Beside(_resnet_extras, last=(0, 0)))
 
 
-def _blocks(network: nn.Module) -> list[tuple[str, nn.Module]]:
+def _blocks(network: nn.Module, kind: type[Block]) -> list[tuple[str, Block]]:
     """The residual blocks with their names, `layer1.0` and so on, in the network's order."""
     return [
         (f"{stage}.{i}", block)
         for stage, blocks in network.named_children()
         if isinstance(blocks, nn.Sequential)
         for i, block in blocks.named_children()
+        if isinstance(block, kind)
     ]
 
 
 def _residual_groups(
-    network: nn.Module,
+    network: micronets.MicroNet | resnets.ResNet20,
     shortcuts: list[Layer],
     ternary: list[Layer],
     size: int,
     b: int,
-    extras: Extras,
-    last: tuple[int, int],
+    beside: Beside,
 ) -> tuple[list[Group], int]:
-    """MicroNet's four groups and `params`; `extras` and `last` are for `_ternary_convs`."""
+    """MicroNet's four groups and `params`."""
     first = Layer("conv1", network.conv1, (network.bn1,))
     classifier = Layer("linear", network.linear)
     groups = [
         Group("first conv", [_first_conv(first, size, b)]),
         Group("shortcuts", [_shortcut(layer, i, size, b) for i, layer in enumerate(shortcuts)]),
-        Group("ternary convs", _ternary_convs(ternary, size, b, extras, last)),
+        Group("ternary convs", _ternary_convs(ternary, size, b, beside)),
         Group("fully connected", [_classifier(classifier, b)]),
     ]
     params = sum(layer.merged_params for layer in (first, *shortcuts, classifier))
@@ -95,11 +109,11 @@ def _shortcut(layer: Layer, i: int, size: int, b: int) -> Line:
     return layer.line("dense", layer.merged_params * b, v * n, (v - 1) * n + n)
 
 
-def _ternary_convs(layers: list[Layer], size: int, b: int, extras: Extras, last: tuple[int, int]) -> list[Line]:
-    """The convolutions inside the blocks, and after them the `last` activation and the average pool.
+def _ternary_convs(layers: list[Layer], size: int, b: int, beside: Beside) -> list[Line]:
+    """The convolutions inside the blocks, and after them the last activation and the average pool.
 
     What costs is a convolution's live block, its weights without the dead filters and without the inputs that
-    were dead filters of the convolution before. `extras` gives what BatchNorms and activations add.
+    were dead filters of the convolution before.
 
     Quirk: residual additions are not counted. Quirk: multiplying by the scale of a BatchNorm that stands
     before a convolution is not counted, only its bias.
@@ -126,7 +140,7 @@ def _ternary_convs(layers: list[Layer], size: int, b: int, extras: Extras, last:
         n = out**2 * live_out
         v = nonzero / max(live_out, 1)
         note = stored_as(layer.weight, numel, nonzero, ternary=True)
-        biases, mults, adds = extras(i, n, live_in, live_out)
+        biases, mults, adds = beside.extras(i, n, live_in, live_out)
         lines.append(
             layer.line(
                 note,
@@ -136,7 +150,7 @@ def _ternary_convs(layers: list[Layer], size: int, b: int, extras: Extras, last:
             )
         )
     pool = pooled(Line("average pool"), math.ceil(size * div), live_out)
-    return [*lines, activated(pool, last, n)]
+    return [*lines, activated(pool, beside.last, n)]
 
 
 def _dead_filters(weight: Tensor) -> Tensor:

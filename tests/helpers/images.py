@@ -41,4 +41,4 @@ def drawn(data: Data, seed: int) -> list[torch.Tensor]:
 
 
 def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
-    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two))
+    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

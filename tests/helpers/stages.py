@@ -42,7 +42,7 @@ def rates(run: Path) -> list[float]:
 
 def assert_same_runs(first: Path, second: Path, files: tuple[str, ...]) -> None:
     assert [p.name for p in runs(first)] == [p.name for p in runs(second)] != []
-    for one, two in zip(runs(first), runs(second)):
+    for one, two in zip(runs(first), runs(second), strict=True):
         for name in files:
             assert (one / name).read_bytes() == (two / name).read_bytes(), name
 

@@ -14,17 +14,17 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from engine import distributed  # noqa: E402
-from engine.device import choose_machine  # noqa: E402
-from engine.evaluation import evaluate  # noqa: E402
-from engine.images.augment import Augmentation, normalise  # noqa: E402
-from engine.images.batches import ImagesInMemory  # noqa: E402
-from engine.program import processes  # noqa: E402
-from engine.training import train_epoch  # noqa: E402
-from model import build  # noqa: E402
-from model.selection import ternary_candidates  # noqa: E402
-from model_quantization.optimizer import EC2TOptimizer  # noqa: E402
-from model_quantization.quantized_layers import TernaryLayers  # noqa: E402
+from engine import distributed
+from engine.device import choose_machine
+from engine.evaluation import evaluate
+from engine.images.augment import Augmentation, normalise
+from engine.images.batches import ImagesInMemory
+from engine.program import processes
+from engine.training import train_epoch
+from model import build
+from model.selection import ternary_candidates
+from model_quantization.optimizer import EC2TOptimizer
+from model_quantization.quantized_layers import TernaryLayers
 
 STEPS, BATCH, IMAGES, CLASSES = 4, 16, 67, 10
 

@@ -88,7 +88,7 @@ def test_channels_and_resolution_of_each_stage(name, stem, channels, sizes):
     network = meta({"name": name})
     x = network.bn1(network.conv1(torch.zeros(1, 3, 32, 32, device="meta")))
     assert tuple(x.shape) == (1, stem, 32, 32)
-    for stage, (number, size) in enumerate(zip(channels, sizes), start=1):
+    for stage, (number, size) in enumerate(zip(channels, sizes, strict=True), start=1):
         x = getattr(network, f"layer{stage}")(x)
         assert tuple(x.shape) == (1, number, size, size)
 

@@ -55,7 +55,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for program, arguments in commands(args.epochs).items():
             found = watch(program, arguments, Path(folder))
-            memory, files, seconds = zip(*found)
+            memory, files, seconds = zip(*found, strict=True)
             middle = len(found) // 2
             print(f"{program}: {len(found)} epochs")
             for i in sorted({1, middle // 2, middle, middle + middle // 2, len(found) - 1}):

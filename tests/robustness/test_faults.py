@@ -75,7 +75,7 @@ def test_resuming_in_another_folder_takes_the_best_network_along(tmp_path, monke
     scale(tmp_path / "second", *POINT, "--resume", str(first / "last.pt"))
     assert_same_runs(tmp_path / "whole", tmp_path / "second", (*FILES, "best.pt"))
     (first / "best.pt").unlink()
-    with pytest.raises(UserError, match="best.pt beside it is missing"):
+    with pytest.raises(UserError, match=r"best\.pt beside it is missing"):
         scale(tmp_path / "first", *POINT)
 
 
@@ -109,7 +109,8 @@ def files_name() -> str:
 
 
 def test_a_run_belongs_to_one_process_until_that_dies(holder, tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path}: process {holder.pid} on .* is working on this run; wait for its end"):
+    said = f"{tmp_path}: process {holder.pid} on .* is working on this run; wait for its end"
+    with pytest.raises(UserError, match=said):
         hold(tmp_path / "lock")
     holder.send_signal(signal.SIGKILL)
     holder.wait()

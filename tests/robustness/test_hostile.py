@@ -88,7 +88,7 @@ def test_no_flipped_bit_enters_a_network(name, files, tmp_path):
         path.write_bytes(changed)
         found = outcome(path)
         refused += found is None
-        assert found is None or equal(found.state_dict, original.state_dict) and equal(found.extra, original.extra)
+        assert found is None or (equal(found.state_dict, original.state_dict) and equal(found.extra, original.extra))
     assert refused > 60  # the rest are dates and padding in the archive's directory
 
 

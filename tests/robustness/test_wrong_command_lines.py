@@ -36,8 +36,8 @@ def files(tmp_path_factory) -> Path:
     (folder / "truncated.pt").write_bytes((folder / "tiny.pt").read_bytes()[:20_000])
     for name in ("notes.pt", "notes.safetensors"):
         (folder / name).write_text("no checkpoint")
-    compressed = zipfile.ZipFile(folder / "compressed.pt", "w", zipfile.ZIP_DEFLATED)
-    with zipfile.ZipFile(folder / "tiny.pt") as plain, compressed:
+    compressed_file = zipfile.ZipFile(folder / "compressed.pt", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(folder / "tiny.pt") as plain, compressed_file as compressed:
         for entry in plain.infolist():
             compressed.writestr(entry.filename, plain.read(entry))
     torch.save({"state_dict": Fraction(1, 3)}, folder / "object.pt")

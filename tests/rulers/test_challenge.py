@@ -298,7 +298,7 @@ def test_network_that_looks_at_values():
 
 
 def test_a_network_that_fails_fails_with_its_own_error():
-    with pytest.raises(RuntimeError, match="expected input.* to have 4 channels"):
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 4 channels"):
         count(nn.Conv2d(4, 4, 3), 5, FULL)
 
 

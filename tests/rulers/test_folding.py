@@ -145,9 +145,14 @@ def test_depthwise_filter_without_its_input_is_dead_in_turn():
     smaller_depthwise = pick(depthwise, LIVE)
     smaller_depthwise.in_channels = smaller_depthwise.out_channels = smaller_depthwise.groups = 4
     smaller = nn.Sequential(
-        pick(expand, LIVE), pick(norm1, LIVE), nn.ReLU6(), smaller_depthwise, pick(norm2, LIVE), nn.ReLU6(),
+        pick(expand, LIVE),
+        pick(norm1, LIVE),
+        nn.ReLU6(),
+        smaller_depthwise,
+        pick(norm2, LIVE),
+        nn.ReLU6(),
         pick(project, [0, 1, 2, 3], LIVE),
-    )  # fmt: skip
+    )
     smaller[6].bias.data += 0.4 * project.weight.data[:, DEAD].sum(dim=(1, 2, 3))
     assert same_outputs(network, smaller, 7)
     assert same_count(network, smaller, 7)

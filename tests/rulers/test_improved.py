@@ -1,6 +1,7 @@
 """The improved ruler: adder trees and storage formats against what they count, and ResNet-20 by hand."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_tree_bits_are_those_of_a_tree_that_is_built(summands, b):
     expected = [additions(m, b) for m in summands]
     assert improved.tree_bits(torch.tensor(summands), b).tolist() == [sum(widths) for widths in expected]
     assert [len(widths) for widths in expected] == [max(m - 1, 0) for m in summands]
-    for m, widths in zip(summands, expected):  # the last level of the tree
+    for m, widths in zip(summands, expected, strict=True):  # the last level of the tree
         assert max(widths, default=32) == (min(b + math.ceil(math.log2(m)) - 1, 32) if m > 1 else 32)
 
 
@@ -55,7 +56,7 @@ def bits_of(array: list[int]) -> int:
 
 
 def rows_of(starts: list[int], columns: list[int]) -> list[list[int]]:
-    return [columns[start:end] for start, end in zip(starts, starts[1:])]
+    return [columns[start:end] for start, end in pairwise(starts)]
 
 
 @st.composite
@@ -89,7 +90,7 @@ def test_ternary_formats_hold_the_matrix(matrix, b):
         starts.append(len(columns))
     following = iter(signs)
     decoded = [[0.0] * len(matrix[0]) for _ in matrix]
-    for row, there in zip(decoded, rows_of(starts, columns)):
+    for row, there in zip(decoded, rows_of(starts, columns), strict=True):
         for column in there:
             row[column] = 0.5 if next(following) else -0.25
     assert decoded == matrix
@@ -104,7 +105,7 @@ def test_ternary_formats_hold_the_matrix(matrix, b):
         for row in matrix:
             columns += [column for column, entry in enumerate(row) if entry == value]
             starts.append(len(columns))
-        for row, there in zip(decoded, rows_of(starts, columns)):
+        for row, there in zip(decoded, rows_of(starts, columns), strict=True):
             for column in there:
                 row[column] = value
         total_columns, total_starts = total_columns + len(columns), total_starts + len(starts)

@@ -165,7 +165,7 @@ def test_no_coder_accepts_other_symbols_than_so_many(coder: coding.Coder, damage
     if coder.digits == coding.GAPS and size > 999:  # gaps do not say how many zeros follow the last weight
         assert coding.decode_symbols(position, code, size).tolist() == [*symbols.tolist(), *[0] * 5]
     else:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"symbols|data"):
             coding.decode_symbols(position, code, size)
 
 

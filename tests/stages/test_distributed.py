@@ -52,7 +52,7 @@ def test_halves_of_a_batch_are_a_step_of_the_whole_batch(alone_and_two):
         torch.testing.assert_close(first["layers"][name], alone["layers"][name], rtol=1e-4, atol=1e-5)
     differing = first["layers"]["assignment"] != alone["layers"]["assignment"]
     assert differing.float().mean() < 1e-4  # a weight on a threshold may fall on either side
-    for ours, theirs in zip(first["others"], alone["others"]):
+    for ours, theirs in zip(first["others"], alone["others"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -70,8 +70,13 @@ def test_phases_begin_with_the_best_network_of_the_one_before(tmp_path, capsys):
     learner, run = Numbers(ACCURACIES), opened(tmp_path)
     best = fit(learner, PHASES, run)
     assert best == {
-        **{"phase": "second", "epoch": 2, "lr": 0.25, "amp": "off", "train_loss": 1.0},
-        **{"val_loss": 1.0, "accuracy": 72.0},
+        "phase": "second",
+        "epoch": 2,
+        "lr": 0.25,
+        "amp": "off",
+        "train_loss": 1.0,
+        "val_loss": 1.0,
+        "accuracy": 72.0,
     }
     assert learner.began == [("first", None), ("second", 3)]  # the second epoch's network was the third evaluated
     assert read(run.folder / "best_first.pt")["accuracy"] == 70.0
@@ -158,5 +163,5 @@ def test_a_state_that_does_not_fit_names_the_way_out(damage, tmp_path):
     if damage == "best":
         (run.folder / "best_first.pt").unlink()
     phases = PHASES[1:] if damage == "phase" else PHASES[:1]
-    with pytest.raises(UserError, match="last.pt: is not the state of this run .*; --no-resume starts the run afresh"):
+    with pytest.raises(UserError, match=r"last\.pt: is not the state of this run .*; --no-resume starts the run"):
         fit(Numbers([50.0]), phases, opened(tmp_path))

@@ -129,7 +129,7 @@ def test_resume_refuses_states_of_other_runs(resnet, tmp_path, monkeypatch):
         interrupt_after(patch, 1)
         quantize(resnet, tmp_path / "first", *arguments)
     (last,) = (run / "last.pt" for run in runs(tmp_path / "first"))
-    with pytest.raises(engine.program.errors.UserError, match="lr was 0.0001 and is 0.5"):
+    with pytest.raises(engine.program.errors.UserError, match=r"lr was 0\.0001 and is 0\.5"):
         quantize(resnet, tmp_path / "second", *arguments, "--lr", "0.5", "--resume", str(last))
     with pytest.raises(engine.program.errors.UserError, match="no run's state"):
         quantize(resnet, tmp_path / "second", *arguments, "--resume", str(resnet))

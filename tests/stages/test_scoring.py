@@ -94,7 +94,7 @@ def test_a_packed_file_scores_as_its_checkpoint_and_unpacks_to_it(resnet, tmp_pa
 def test_evaluating_changes_nothing_of_what_is_exported(resnet, tmp_path):
     quantize(resnet, tmp_path, *"--epochs 0 --retrain-epochs 0 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split())
     files = [tmp_path / "plain.safetensors", tmp_path / "evaluated.safetensors"]
-    for file, evaluation in zip(files, ([], ["--eval"])):
+    for file, evaluation in zip(files, ([], ["--eval"]), strict=True):
         score(tmp_path / "Ternary_best_acc.pt", "--pack", str(file), "--unpack", f"{file}.pt", *evaluation)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert Path(f"{files[0]}.pt").read_bytes() == Path(f"{files[1]}.pt").read_bytes()
