@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from tqdm import tqdm
 
 from engine.program import processes
+from engine.program.errors import printable
 
 
 def say(line: str = "") -> None:
     """Print one line at once, also into a redirected log, without breaking a progress bar; first process only."""
     if not processes.is_first():
         return
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write("\n".join(map(printable, line.split("\n"))), file=sys.stdout)
     sys.stdout.flush()
 
 
