@@ -175,10 +175,11 @@ def test_links_are_followed_but_not_twice(make_folders, capsys):
 
 
 @KINDS
-def test_what_is_no_file_is_left_out_and_a_dead_link_is_named(size, suffix, make_folders):
+def test_what_is_no_file_is_left_out_and_a_dead_link_is_named(size, suffix, make_folders, capsys):
     path = make_folders(size=size, suffix=suffix)
     os.mkfifo(path / "test" / "dog" / f"pipe.{suffix}")
     assert load(path).num_val_images == 4
+    assert f"{path}/test: pipes, devices and the like left out: 1 (pipe.{suffix})\n" in capsys.readouterr().out
     (path / "test" / "dog" / f"2.{suffix}").symlink_to(path / "nothing")
     assert refusal(path) == f"{path}/test/dog/2.{suffix}: is gone; restore it, or begin a run without it"
 
@@ -422,13 +423,13 @@ def test_too_little_is_warned_of(size, suffix, make_folders, capsys):
     path = make_folders(size=size, suffix=suffix)
     assert warnings_of(path, capsys) == []
     assert warnings_of(path, capsys, batch_size=5) == [
-        "4 training images are fewer than --batch-size 5: each epoch will be a single step on them"
+        "training images: 4, fewer than --batch-size 5; each epoch will be a single step"
     ]
     one = make_folders("one", classes=("cat",), number=1, size=size, suffix=suffix)
     said = warnings_of(one, capsys)
     assert [line.split(":")[0] for line in said] == [
         "one class",
-        "1 training images are fewer than --batch-size 2",
+        "training images",
         "one validation image",
     ]
     assert "accuracy will be 100%" in said[0]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class ImagesInMemory:
 
     @property
     def num_train_batches(self) -> int:
-        return max(1, len(self.train[1]) // self.batch_size)
+        return max(1, self.num_train_images // self.batch_size)
 
     @property
     def num_val_batches(self) -> int:
@@ -62,7 +63,7 @@ class ImagesInMemory:
 
     @property
     def num_train_images(self) -> int:
-        return len(self.train[1])
+        return len(self.train[1]) if self.train else 0
 
     @property
     def num_val_images(self) -> int:
@@ -81,6 +82,7 @@ class ImagesInMemory:
 
         Several processes share each batch; their order is the same, their augmentation draws are not.
         """
+        assert self.train, "read for evaluation only"
         images, labels = self.train
         generator = torch.Generator(images.device).manual_seed(seed)
         order = torch.randperm(len(labels), device=images.device, generator=generator)
@@ -150,7 +152,7 @@ class ImagesOnDisk:
 
     @property
     def num_train_batches(self) -> int:
-        return max(1, len(self.train) // self.batch_size)
+        return max(1, self.num_train_images // self.batch_size)
 
     @property
     def num_val_batches(self) -> int:
@@ -158,7 +160,7 @@ class ImagesOnDisk:
 
     @property
     def num_train_images(self) -> int:
-        return len(self.train)
+        return len(self.train) if self.train else 0
 
     @property
     def num_val_images(self) -> int:
@@ -169,6 +171,7 @@ class ImagesOnDisk:
 
         Several processes share each batch.
         """
+        assert self.train, "read for evaluation only"
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
         starts = range(0, self.num_train_batches * self.batch_size, self.batch_size)
         batches = [distributed.shard(order[start : start + self.batch_size]) for start in starts]
@@ -243,7 +246,7 @@ def load_data(request: ImageRequest, device: torch.device) -> Data:
     with distributed.first_process_first():
         source = find_source(request.name, Path(request.path), request.train, threads=max(request.workers, 1))
         if isinstance(source, ClassFolders) and _are_photographs(request.name, source):
-            data = _on_disk(request, source, device)
+            data: Data = _on_disk(request, source, device)
         else:
             data = _in_memory(request, source, device)
         if data.train and data.num_train_images < processes.world_size():
@@ -325,8 +328,8 @@ def _cautions(data: Data) -> Iterator[str]:
         )
     if data.train and data.num_train_images < data.batch_size:
         yield (
-            f"{data.num_train_images:,} training images are fewer than --batch-size {data.batch_size:,}: "
-            f"each epoch will be a single step on them"
+            f"training images: {data.num_train_images:,}, fewer than --batch-size {data.batch_size:,}; "
+            f"each epoch will be a single step"
         )
     if data.num_val_images == 1:
         yield "one validation image: the accuracy will be 0% or 100%, and says nothing of other images"
@@ -357,15 +360,15 @@ def _signals_held() -> Iterator[None]:
 
     An exception that a signal's handler raises in the middle of a fork would be lost.
     """
-    held = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    held: list[tuple[int, FrameType | None]] = []
+    present = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in present.items() if callable(handler)}
     for number in handlers:
-        signal.signal(number, lambda *arguments: held.append(arguments))
+        signal.signal(number, lambda number, frame: held.append((number, frame)))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for arguments in held[:1]:
-            handlers[arguments[0]](*arguments)
+        for caught, frame in held[:1]:
+            handlers[signal.Signals(caught)](caught, frame)

@@ -88,8 +88,8 @@ def open_image(path: str, white: White | None = None) -> Image.Image:
     with _blaming(path), Image.open(path) as image:
         image.load()
         turn = _turn(image)
-        image = _as_rgb(image, white or White())
-        return image if turn is None else image.transpose(turn)
+        rgb = _as_rgb(image, white or White())
+        return rgb if turn is None else rgb.transpose(turn)
 
 
 def decode_all(
@@ -154,7 +154,7 @@ def _blaming(path: str) -> Iterator[None]:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block says nothing
         return None
 

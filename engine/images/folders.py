@@ -134,6 +134,7 @@ class _Found:
     linked: list[str] = field(default_factory=list)
     read_already: list[str] = field(default_factory=list)
     dead_links: list[str] = field(default_factory=list)
+    pipes: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         """Say what is left out, and what links lead to."""
@@ -146,6 +147,7 @@ class _Found:
             ("linked folders followed", self.linked),
             ("links to folders that are read already, left out", self.read_already),
             ("links that lead nowhere, left out", self.dead_links),
+            ("pipes, devices and the like left out", self.pipes),
         ):
             if names:
                 some = ", ".join(sorted({os.path.basename(name) for name in names})[:LISTED])
@@ -160,12 +162,12 @@ def image_files(split: Path, classes: Sequence[str], every_class: bool = True) -
     if annotations := _annotations(split):
         label_of = {name: label for label, name in enumerate(classes)}
         folder = split / "images"
-        there = {composed(name): name for name in (os.listdir(folder) if folder.is_dir() else ())}
-        files = [
-            (os.path.join(folder, there.get(composed(name), name)), label_of[composed(label)])
+        stored = os.listdir(folder) if folder.is_dir() else []
+        there = {composed(name): name for name in stored} | {name: name for name in stored}
+        return sorted(
+            (os.path.join(folder, there.get(name) or there.get(composed(name), name)), label_of[composed(label)])
             for name, label in annotations.items()
-        ]
-        return sorted(files)
+        )
     files, found = [], _Found()
     paths, above = _class_paths(split, found), _identities_above(split)
     for label, name in enumerate(classes):
@@ -185,30 +187,37 @@ def _walk(folder: str, seen: set[Identity], found: _Found) -> None:
     unread = [folder]
     while unread:
         with os.scandir(unread.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-                    if is_hidden(entry.name):
-                        found.hidden_folders.append(entry.path)
-                    elif (identity := _identity(entry.path)) in seen:
-                        found.read_already.append(entry.path)
-                    else:
-                        seen.add(identity)
-                        unread.append(entry.path)
-                        found.linked += [entry.path] if entry.is_symlink() else []
-                elif not entry.name.lower().endswith(IMG_EXTENSIONS) or not _may_be_read(entry):
-                    if not is_hidden(entry.name):
-                        found.other[os.path.splitext(entry.name)[1]] += 1
-                elif is_hidden(entry.name):
-                    found.hidden_images.append(entry.path)
-                else:
-                    found.images.append(entry.path)
+            folders = [entry for entry in entries if not _add_file(entry, found)]
+        for entry in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name)):  # the same on every machine
+            if is_hidden(entry.name):
+                found.hidden_folders.append(entry.path)
+            elif (identity := _identity(entry.path)) in seen:
+                found.read_already.append(entry.path)
+            else:
+                seen.add(identity)
+                unread.append(entry.path)
+                found.linked += [entry.path] if entry.is_symlink() else []
 
 
-def _may_be_read(entry: os.DirEntry) -> bool:
-    """Whether it is a file, or a link to one that is gone, which is reported by name; no pipe, no device."""
-    return entry.is_file(follow_symlinks=False) or (
-        entry.is_symlink() and (os.path.isfile(entry.path) or not os.path.exists(entry.path))
+def _add_file(entry: os.DirEntry, found: _Found) -> bool:
+    """Add what is no folder to `found`; whether it is none."""
+    linked = entry.is_symlink()
+    if entry.is_dir(follow_symlinks=False) or (linked and os.path.isdir(entry.path)):
+        return False
+    is_image = entry.name.lower().endswith(IMG_EXTENSIONS)
+    # a link to a file that is gone counts: it will be named
+    is_file = entry.is_file(follow_symlinks=False) or (
+        linked and (os.path.isfile(entry.path) or not os.path.exists(entry.path))
     )
+    if is_hidden(entry.name):
+        found.hidden_images += [entry.path] if is_image else []
+    elif not is_file:
+        found.pipes.append(entry.path)
+    elif is_image:
+        found.images.append(entry.path)
+    else:
+        found.other[os.path.splitext(entry.name)[1]] += 1
+    return True
 
 
 def is_hidden(name: str) -> bool:

@@ -28,7 +28,9 @@ DECODED_AS = "upright, on white"  # what is cached of class folders: with other 
 
 class Source(Protocol):
     classes: list[str]
-    native_size: int
+
+    @property
+    def native_size(self) -> int: ...
 
     def read(self, split: str, size: int) -> tuple[Tensor, Tensor]: ...
 
