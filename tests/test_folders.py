@@ -248,6 +248,13 @@ def test_16_bit_grey_keeps_its_upper_half(suffix, tmp_path):
     ]
 
 
+def test_a_negative_of_16_bit_becomes_positive(tmp_path):
+    image = Image.fromarray(np.array([[0, 65535]], dtype=np.uint16))
+    for photometric, expected in ((1, [0, 255]), (0, [255, 0])):
+        image.save(tmp_path / "x.tif", tiffinfo={262: photometric})
+        assert grey_values(tmp_path / "x.tif") == expected
+
+
 @KINDS
 @pytest.mark.parametrize(
     "values, dtype, said",

@@ -33,6 +33,7 @@ TURNS = {  # what makes an image upright, by its EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PHOTOMETRIC = 262  # the tag in TIFF files that is 0 where 0 means white
 DEEP_COLOUR = re.compile(r"(RGB|LA|CMYK)\w*;16[BLN]", re.IGNORECASE)  # Pillow's names of 16-bit samples it cuts to 8
 
 
@@ -166,10 +167,12 @@ def _deep_values(image: Image.Image) -> np.ndarray | None:
 
 def _as_rgb(image: Image.Image, white: White) -> Image.Image:
     values = _deep_values(image)
-    if values is not None and values.dtype.kind == "f":
-        image = Image.fromarray((values * (255 / white.top)).clip(0, 255).round().astype(np.uint8))
-    elif values is not None:
-        image = Image.fromarray((values.astype(np.int64) >> (white.bits - 8)).clip(0, 255).astype(np.uint8))
+    if values is not None:
+        floating = values.dtype.kind == "f"
+        scaled = (values * (255 / white.top)).round() if floating else values.astype(np.int64) >> (white.bits - 8)
+        grey = scaled.clip(0, 255).astype(np.uint8)
+        negative = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # Pillow sees to it in images of 8 bit only
+        image = Image.fromarray(255 - grey if negative else grey)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -22,7 +22,7 @@ from engine.store.files import write_whole
 
 THOROUGH = 4 * 2**30
 BLOCK = 4096  # bytes at the start, in the middle and at the end of a file
-MANY = 5000  # files; looking at more takes a while
+MANY, LARGE = 5000, 2**30  # files and bytes; looking at more takes a while
 CHUNK = 64  # files a thread looks at before it hands over
 
 KINDS = {"whole": "grey of more than 8 bit", "floating": "floating-point values", "colour": "colours of 16 bit"}
@@ -74,8 +74,6 @@ def survey(root: Path, files: Files, threads: int, kept: Path) -> Survey:
     """
     with suppress(OSError, ValueError, TypeError, KeyError):
         return _remembered(kept)
-    if len(files) > MANY:
-        say(f"{root}: looking at {len(files):,} image files for damage; once, unless they change")
     found = _look_at_all(root, files, threads)
     with suppress(UserError, OSError):  # a folder that can't be written to works as well, only slower
         for other in kept.parent.glob(f"{kept.name.partition('-')[0]}-*{kept.suffix}"):
@@ -97,7 +95,10 @@ def _names(folder: Path, files: Files) -> Iterator[bytes]:
 
 
 def _look_at_all(root: Path, files: Files, threads: int) -> Survey:
-    thorough = _total_size(files) <= THOROUGH
+    size = _total_size(files)
+    thorough = size <= THOROUGH
+    if len(files) > MANY or size > LARGE:
+        say(f"{root}: looking at {len(files):,} image files for damage; once, unless they change")
     chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
     sha, names, faults, ranges = hashlib.sha256(), _names(root, files), [], []
 
