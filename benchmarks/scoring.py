@@ -23,8 +23,7 @@ from engine.store.checkpoint import Checkpoint  # noqa: E402
 from model import build  # noqa: E402
 from model.selection import ternary_candidates  # noqa: E402
 from model_scoring.packing import read_packed, write_packed  # noqa: E402
-from rulers import challenge, improved, published  # noqa: E402
-from rulers.tally import Widths  # noqa: E402
+from rulers import RULERS  # noqa: E402
 
 SPECS = {
     "cifar_micronet": ({"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100}, 32),
@@ -54,9 +53,7 @@ def row(model: str, folder: Path) -> list[str]:
     return [
         model,
         with_unit(sum(p.numel() for p in network.parameters())),
-        seconds(lambda: published.count(network, model, size, Widths())),
-        seconds(lambda: challenge.count(network, size, Widths())),
-        seconds(lambda: improved.count(network, size, Widths())),
+        *(seconds(lambda r=ruler: r.count(network, model, size, r.widths())) for ruler in RULERS.values()),
         seconds(lambda: write_packed(checkpoint, path)),
         seconds(lambda: read_packed(path)),
     ]
@@ -68,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [row(model, Path(folder)) for model in args.models]
-    print(table(["seconds", "weights", "published", "challenge", "improved", "pack", "unpack"], rows))
+    print(table(["seconds", "weights", *RULERS, "pack", "unpack"], rows))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.device import Machine  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
 from engine.images.batches import Data, ImageRequest, load_data  # noqa: E402
-from engine.images.preprocessing import preprocessing_of  # noqa: E402
 from engine.program.report import say  # noqa: E402
 from engine.store.checkpoint import Checkpoint, read_network  # noqa: E402
-from model.efficientnet import native_image_size  # noqa: E402
+from model import row_of  # noqa: E402
 from model.selection import pruning_candidates, ternary_candidates  # noqa: E402
 from model_quantization.quantized_layers import TernaryLayers  # noqa: E402
 
@@ -81,8 +80,8 @@ def main() -> None:
     model = checkpoint.spec["name"]
     machine = Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.amp)
     request = ImageRequest(
-        "ImageNet", args.data_path, image_size=native_image_size(model), val_batch_size=args.batch_size,
-        workers=0, preprocessing=preprocessing_of(model), train=False,
+        "ImageNet", args.data_path, image_size=row_of(model).image_size, val_batch_size=args.batch_size,
+        workers=0, preprocessing=row_of(model).preprocessing, train=False,
     )  # fmt: skip
     data = load_data(request, machine.device)
     checkpoint.check_classes(data.classes, data.name, args.data_path)

@@ -1,12 +1,14 @@
 """One epoch of training, the same for every stage."""
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from engine import distributed
 from engine.device import Machine
@@ -68,3 +70,15 @@ def train_epoch(
             bar.set_postfix(loss=f"{mean:.3f}")
     distributed.average_buffers(network)
     return mean
+
+
+def load_moments(optimizer: Optimizer, state_dict: Mapping) -> None:
+    """Load the moments of an optimizer's `state_dict`; ValueError where they are of other parameters.
+
+    Learning rates and the like stay as they are: they follow from a run's arguments.
+    """
+    optimizer.load_state_dict({**state_dict, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor) and moment.ndim and moment.shape != parameter.shape:
+                raise ValueError(f"{name} of the optimizer is {list(moment.shape)}, not {list(parameter.shape)}")

@@ -29,8 +29,3 @@ def efficientnet_lite1(num_classes: int = 1000) -> EfficientNet:
         if hasattr(module, "_swish"):
             module._swish = nn.ReLU6()
     return network
-
-
-def native_image_size(name: str) -> int:
-    """The image size in pixels that EfficientNet `name` was designed for, 240 for B1 and Lite1."""
-    return EfficientNet.get_image_size(name.replace("lite", "b"))

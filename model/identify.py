@@ -1,22 +1,82 @@
-"""Find out which network a bare state dict belongs to, from its names and shapes alone."""
+"""Which network a file holds: what it says of itself goes first, then names and shapes alone."""
 
-import re
+from __future__ import annotations
+
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor
 
-from model import EFFICIENTNETS, LITES, build
-from model.micronet import LAYOUTS, MAX_MULTIPLIER, scale_depth, scale_width
+from model import ROWS, build, named
+from model.registry import Row
 
 
-def nearest(state_dict: Mapping) -> tuple[dict | None, list[str]]:
+class OtherNetwork(ValueError):
+    """A file holds another network than the one that is wanted."""
+
+
+def identify(state_dict: Mapping[str, Tensor], stated: object = None, wanted: Mapping | None = None) -> dict:
+    """The spec of the network that `state_dict` belongs to.
+
+    Args:
+        stated: what the file says of its network; anything but a whole spec is other programs' business.
+        wanted: a spec, possibly partial, that the network must have.
+
+    Raises ValueError, without the file's name, where no known network fits; OtherNetwork, which names both, where
+    the network that fits is not the wanted one.
+    """
+    if is_spec(stated):
+        spec = dict(stated)
+        _check_stated(spec, state_dict)
+    else:
+        spec, differences = nearest(state_dict)
+        if spec is None or differences:
+            hint = f"; nearest is {describe(spec)}, but {_first(differences)}" if spec else ""
+            raise ValueError(f"the tensors fit none of the known networks ({', '.join(ROWS)}){hint}")
+    if wanted:
+        check_wanted(wanted, spec, state_dict)
+    return spec
+
+
+def is_spec(stated: object) -> bool:
+    """Whether `stated` is a whole spec of a built-in network."""
+    if not isinstance(stated, Mapping) or not all(isinstance(value, int | float | str) for value in stated.values()):
+        return False
+    row = ROWS.get(stated.get("name"))
+    return row is not None and stated.keys() >= set(row.arguments)
+
+
+def describe(spec: Mapping) -> str:
+    """Say a spec as the flags that ask for it."""
+    if "depth" in spec:
+        return f"--model {spec['name']} --dw-multps {spec['depth']:.9g} {spec['width']:.9g} --phi 1"
+    return f"--model {spec['name']}"
+
+
+def check_wanted(wanted: Mapping, spec: Mapping, state_dict: Mapping) -> None:
+    """Raise OtherNetwork if the spec `wanted`, possibly partial, asks for another network than `spec`."""
+    if wanted.get("name", spec["name"]) != spec["name"]:
+        asked = f"--model {wanted['name']}: leave that out"
+    else:
+        merged = {**spec, **{key: value for key, value in wanted.items() if key in spec}}
+        if not mismatches(expected_state_dict(merged), state_dict):
+            return
+        asked = f"{describe(merged)}: leave those out"
+    raise OtherNetwork(f"holds {describe(spec)}, but the flags ask for {asked}")
+
+
+def nearest(state_dict: Mapping[str, Tensor]) -> tuple[dict | None, list[str]]:
     """Return the spec whose names and shapes come closest to `state_dict`, None if none does, and how they differ.
 
     Multipliers of MicroNet are the shortest decimals that give the same blocks and channels. Counters of
     BatchNorm (`num_batches_tracked`), which old files lack, do not matter.
     """
-    best = None, []
-    for spec in _guesses(state_dict):
+    best: tuple[dict | None, list[str]] = None, []
+    for row in ROWS.values():
+        spec = _guess(row, state_dict)
+        if spec is None:
+            continue
         differences = mismatches(expected_state_dict(spec), state_dict)
         if not differences:
             return spec, []
@@ -25,70 +85,62 @@ def nearest(state_dict: Mapping) -> tuple[dict | None, list[str]]:
     return best
 
 
-def expected_state_dict(spec: Mapping) -> dict:
+def expected_state_dict(spec: Mapping) -> dict[str, Tensor]:
     """Names and shapes of the network that `spec` describes, as tensors that take no memory."""
     with torch.device("meta"):
-        return build(dict(spec)).state_dict()
+        return build(spec).state_dict()
 
 
-def mismatches(expected: Mapping, found: Mapping) -> list[str]:
+def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
     """Say how the names and shapes of two state dicts differ, a phrase each; empty if they do not."""
 
-    def shapes(tensors: Mapping) -> dict:
+    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def lacking(names: Mapping, others: Mapping) -> list[str]:
         return [name for name in names if name not in others and not name.endswith("num_batches_tracked")]
 
-    expected, found = shapes(expected), shapes(found)
-    missing = [f"{name} is missing" for name in lacking(expected, found)]
-    surplus = [f"{name} is not of this network" for name in lacking(found, expected)]
+    wanted, given = shapes(expected), shapes(found)
+    missing = [f"{name} is missing" for name in lacking(wanted, given)]
+    surplus = [f"{name} is not of this network" for name in lacking(given, wanted)]
     other = [
-        f"{name} is {_shape(found[name])} where {_shape(expected[name])} is needed"
-        for name in expected
-        if name in found and found[name] != expected[name]
+        f"{name} is {_shape(given[name])} where {_shape(wanted[name])} is needed"
+        for name in wanted
+        if name in given and given[name] != wanted[name]
     ]
     return other + missing + surplus
+
+
+def _check_stated(spec: dict, state_dict: Mapping[str, Tensor]) -> None:
+    try:
+        differences = mismatches(expected_state_dict(spec), state_dict)
+    except Exception as error:  # whatever the odd arguments in the file lead to
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"says that it is {spec}, which can't be built ({reason})") from None
+    if differences:
+        raise ValueError(f"says that it is {describe(spec)}, but {_first(differences)}")
+
+
+def _guess(row: Row, state_dict: Mapping[str, Tensor]) -> dict | None:
+    """A spec of the network `row` that is worth building; None where the state dict is obviously another's."""
+    mark = row.fingerprint
+    classifier = state_dict.get(mark.classifier)
+    if classifier is None or classifier.ndim != 2:
+        return None
+    if not all(_any_matches(state_dict, p) for p in mark.has) or any(_any_matches(state_dict, p) for p in mark.lacks):
+        return None
+    arguments = named(mark.arguments)(row.name, state_dict) if mark.arguments else {}
+    return None if arguments is None else {"name": row.name, **arguments, "num_classes": classifier.shape[0]}
+
+
+def _any_matches(names: Mapping, pattern: str) -> bool:
+    return pattern in names or any(fnmatchcase(name, pattern) for name in names)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _guesses(state_dict: Mapping) -> list[dict]:
-    """Specs worth building, told by the telling names; at most four."""
-    classifier = state_dict.get("_fc.weight" if "_fc.weight" in state_dict else "linear.weight")
-    if classifier is None or classifier.ndim != 2:
-        return []
-    num_classes = classifier.shape[0]
-    if "_conv_stem.weight" in state_dict:
-        with_se = any("_se_reduce" in name for name in state_dict)
-        return [{"name": name, "num_classes": num_classes} for name in (EFFICIENTNETS if with_se else LITES)]
-    if "layer1.0.bn3.weight" not in state_dict:
-        return [{"name": "resnet20", "num_classes": num_classes}]
-
-    blocks, channels = {}, {}
-    for name, tensor in state_dict.items():
-        if (match := re.fullmatch(r"layer(\d)\.(\d{1,3})\.conv2\.weight", name)) and tensor.ndim == 4:
-            stage, block = int(match[1]), int(match[2])
-            blocks[stage] = max(blocks.get(stage, 0), block + 1)
-            channels[stage] = tensor.shape[0]
-    guesses = []
-    for model, layout in LAYOUTS.items():
-        if sorted(blocks) == list(range(1, len(layout.blocks) + 1)):
-            depth = _multiplier(scale_depth, layout.blocks, [blocks[s] for s in sorted(blocks)])
-            width = _multiplier(scale_width, layout.channels, [channels[s] for s in sorted(channels)])
-            if depth and width:
-                guesses.append({"name": model, "depth": depth, "width": width, "num_classes": num_classes})
-    return guesses
-
-
-def _multiplier(scale, base: tuple[int, ...], scaled: list[int]) -> float | None:
-    """The shortest decimal that `scale` turns `base` into `scaled` with; None if there is none."""
-    for digits in range(4):
-        step = 10**digits
-        for numerator in range(1, int(MAX_MULTIPLIER) * step + 1):
-            multiplier = numerator / step
-            if all(scale(b, multiplier) == s for b, s in zip(base, scaled)):
-                return multiplier
-    return None
+def _first(differences: list[str]) -> str:
+    more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+    return differences[0] + more

@@ -5,10 +5,14 @@ Ternarization (EC2T)", arXiv:2004.01077.
 """
 
 import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.registry import MAX_MULTIPLIER
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,6 @@ LAYOUTS = {
         32, (1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320), (2, 1, 2, 2, 2, 1, 1), 0.0, 1000
     ),
 }
-
-
-MAX_MULTIPLIER = 32.0  # far above all published networks; 14 typed for 1.4 gives hundreds
 
 
 def scale_depth(blocks: int, multiplier: float) -> int:
@@ -110,3 +111,34 @@ def micronet(name: str, depth: float = 1.0, width: float = 1.0, num_classes: int
             raise ValueError(f"the {part} multiplier {multiplier:g} is not above 0 and at most {MAX_MULTIPLIER:g}")
     layout = LAYOUTS[name]
     return MicroNet(layout, depth, width, num_classes or layout.num_classes)
+
+
+def multipliers_of(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, float] | None:
+    """The multipliers `depth` and `width` of the MicroNet `name` that `state_dict` belongs to; None if it can't.
+
+    They are the shortest decimals that give the same blocks and channels.
+    """
+    blocks: dict[int, int] = {}
+    channels: dict[int, int] = {}
+    for key, tensor in state_dict.items():
+        if (match := re.fullmatch(r"layer(\d)\.(\d{1,3})\.conv2\.weight", key)) and tensor.ndim == 4:
+            stage, block = int(match[1]), int(match[2])
+            blocks[stage] = max(blocks.get(stage, 0), block + 1)
+            channels[stage] = tensor.shape[0]
+    layout = LAYOUTS[name]
+    if sorted(blocks) != list(range(1, len(layout.blocks) + 1)):
+        return None
+    depth = _multiplier(scale_depth, layout.blocks, [blocks[stage] for stage in sorted(blocks)])
+    width = _multiplier(scale_width, layout.channels, [channels[stage] for stage in sorted(channels)])
+    return {"depth": depth, "width": width} if depth and width else None
+
+
+def _multiplier(scale: Callable[[int, float], int], base: tuple[int, ...], scaled: list[int]) -> float | None:
+    """The shortest decimal that `scale` turns `base` into `scaled` with; None if there is none."""
+    for digits in range(4):
+        step = 10**digits
+        for numerator in range(1, int(MAX_MULTIPLIER) * step + 1):
+            multiplier = numerator / step
+            if all(scale(b, multiplier) == s for b, s in zip(base, scaled)):
+                return multiplier
+    return None

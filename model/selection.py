@@ -1,40 +1,26 @@
 """Which layers of a network EC2T ternarizes, and which entropy-constrained pruning prunes."""
 
+from fnmatch import fnmatchcase
+
 from torch import Tensor, nn
 
-from model import EFFICIENTNETS, LITES
-
-_EFFICIENTNET_TERNARY = ("_expand_conv.weight", "_project_conv.weight", "_conv_head.weight")
-_EFFICIENTNET_PRUNED = ("_fc.weight", "_se_expand.weight", "_se_reduce.weight")
-
-
-def _in_block_convolution(name: str) -> bool:
-    return ".conv" in name and name.endswith(".weight")
+from model.registry import row_of
 
 
 def ternary_candidates(network: nn.Module, model: str) -> list[str]:
-    """Names of the weights that EC2T ternarizes, in the network's order.
-
-    Every convolution inside the blocks of MicroNet and ResNet; expand, project and head convolutions of
-    EfficientNet and EfficientNet-Lite.
-    """
-    if model in EFFICIENTNETS + LITES:
-        return [name for name, _ in network.named_parameters() if name.endswith(_EFFICIENTNET_TERNARY)]
-    return [name for name, _ in network.named_parameters() if _in_block_convolution(name)]
+    """Names of the weights that EC2T ternarizes, in the network's order, as the row of `model` has them."""
+    return _matching(network, row_of(model).quantize)
 
 
 def pruning_candidates(network: nn.Module, model: str) -> list[str]:
-    """Names of the weights that `--do-prune` prunes, in the network's order, unless they are ternary already.
-
-    EfficientNet: classifier and squeeze-and-excitation, which EfficientNet-Lite lacks; other networks: the
-    convolutions inside the blocks.
-    """
-    if model in EFFICIENTNETS + LITES:
-        names = [name for name, _ in network.named_parameters() if name.endswith(_EFFICIENTNET_PRUNED)]
-    else:
-        names = ternary_candidates(network, model)
+    """Names of the weights that `--do-prune` prunes, in the network's order, unless they are ternary already."""
     weights = dict(network.named_parameters())
-    return [name for name in names if not is_ternary(weights[name])]
+    return [name for name in _matching(network, row_of(model).prune) if not is_ternary(weights[name])]
+
+
+def _matching(network: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    names = [name for name, _ in network.named_parameters()]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def is_ternary(weight: Tensor) -> bool:

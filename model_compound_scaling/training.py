@@ -1,96 +1,101 @@
-"""Training one network from scratch: SGD with Nesterov momentum, the best epoch kept."""
+"""Training one grid point from scratch: SGD with Nesterov momentum."""
 
-from argparse import Namespace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from engine.device import Machine
-from engine.evaluation import Diverged, evaluate
+from engine.evaluation import evaluate
+from engine.fit import Phase
 from engine.images.batches import Data
-from engine.program.report import say
-from engine.store.checkpoint import expecting, network_content, save
-from engine.store.restore import restore_network, restore_optimizer
-from engine.store.run_folder import Run, merit
-from engine.training import cosine, derived_seed, train_epoch
+from engine.images.datasets import DATASETS
+from engine.store.checkpoint import network_content
+from engine.training import cosine, derived_seed, load_moments, train_epoch
 
-IMAGENET_STEPS = (30, 60, 90)  # epochs
-RECORD = {  # of an epoch
-    "epoch": int,
-    "lr": float,
-    "amp": str,
-    "train_loss": float,
-    "val_loss": float,
-    "accuracy": float,
-}
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that shapes the result of a grid point (d, w), and nothing else: its run's folder is found by it.
+
+    `data` is the digest of the images; `image_size` is in pixels; the others are the flags of these names.
+    """
+
+    dataset: str
+    data: str
+    image_size: int
+    d: float
+    w: float
+    phi: float
+    epochs: int
+    start_epoch: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    seed: int
+    amp: str
+    compile: bool
+
+
+class Scratch:
+    """`network`, which `spec` describes, in training; a learner as `engine.fit` has it."""
+
+    def __init__(self, network: nn.Module, spec: dict, data: Data, machine: Machine, recipe: Recipe):
+        self.spec, self.data, self.machine, self.recipe = spec, data, machine, recipe
+        self.network = machine.place(network)
+        self.runner = machine.runner(self.network)
+        self.amp = machine.amp
+        self.initial_lr = self.lr = recipe.lr
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0,
+            fused=True,
+        )
+
+    @property
+    def phases(self) -> list[Phase]:
+        return [Phase("", self.recipe.epochs, first=self.recipe.start_epoch)]
+
+    def begin(self, phase: Phase, best: dict | None) -> None:
+        """There is one phase, and nothing to get ready."""
+
+    def train_epoch(self, phase: Phase, epoch: int) -> float:
+        self.lr = self.initial_lr * learning_rate_factor(self.data.name, epoch, phase.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        seed = derived_seed(self.recipe.seed, epoch)
+        description = f"epoch {epoch + 1}/{phase.epochs}"
+        return train_epoch(self.runner, self.optimizer, self.data, self.machine, seed, description)
+
+    def evaluate(self) -> dict[str, float]:
+        validation = evaluate(self.network, self.data, self.machine.in_32_bit())
+        return {"val_loss": validation.loss, "accuracy": validation.accuracy}
+
+    def line(self, phase: Phase, record: dict, best: dict) -> str:
+        return (
+            f"  epoch {record['epoch']:3d}/{phase.epochs}  lr {record['lr']:.4f}  "
+            f"train loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}  "
+            f"accuracy {record['accuracy']:5.2f}%  best {best['accuracy']:5.2f}%"
+        )
+
+    def best_network(self, record: dict) -> dict:
+        told = {"dataset": self.data.name, "classes": self.data.classes, "image_size": self.data.image_size}
+        return network_content(self.spec, self.network, **told, accuracy=record["accuracy"])
+
+    def state_dict(self) -> dict:
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        load_moments(self.optimizer, state["optimizer"])
 
 
 def learning_rate_factor(dataset: str, epoch: int, epochs: int) -> float:
     """The factor of the learning rate in `epoch`, counted from 0: a half cosine; for ImageNet steps by 0.1."""
-    if dataset == "ImageNet":
-        return 0.1 ** sum(epoch >= step for step in IMAGENET_STEPS)
+    if steps := DATASETS[dataset].learning_rate_steps:
+        return 0.1 ** sum(epoch >= step for step in steps)
     return cosine(epoch, epochs)
-
-
-def train(network: nn.Module, spec: dict, data: Data, machine: Machine, args: Namespace, run: Run) -> dict:
-    """Train `network` and return the best epoch's record; `best.pt` in the run's folder holds that epoch's network.
-
-    Continues from `run.state` where there is one. A loss that becomes NaN ends the training; the record then
-    has the key `diverged`, and the best network up to there stays.
-    """
-    network = machine.place(network)
-    optimizer = torch.optim.SGD(
-        network.parameters(),
-        lr=args.lr,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        nesterov=args.momentum > 0,
-        fused=True,
-    )
-
-    def save_best() -> None:
-        extra = {"dataset": data.name, "classes": data.classes, "image_size": data.image_size}
-        extra |= {"accuracy": best["accuracy"]}
-        save(network_content(spec, network, **extra), run.folder / "best.pt")
-
-    first, best = args.start_epoch, {"epoch": None, "accuracy": 0.0}
-    if run.state:
-        with expecting(run.last, "the state of this run"):
-            restore_network(network, run.state["network"])
-            restore_optimizer(optimizer, run.state["optimizer"])
-            run.check_history(RECORD)
-            first, best = min(max(0, run.history[-1]["epoch"]), args.epochs), run.best
-            if best is run.history[-1]:  # the process may have ended before it saved that network
-                save_best()
-            run.check_file("best.pt")
-        say(f"  continuing after epoch {first}")
-
-    runner = machine.runner(network)
-    for epoch in range(first, args.epochs):
-        lr = args.lr * learning_rate_factor(data.name, epoch, args.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        seed = derived_seed(args.seed, epoch)
-        try:
-            loss = train_epoch(runner, optimizer, data, machine, seed, f"epoch {epoch + 1}/{args.epochs}")
-            validation = evaluate(network, data, machine.in_32_bit())
-        except Diverged as error:
-            say(f"  stopped: {error}; try a smaller --lr than {args.lr:g}")
-            return {**best, "diverged": str(error)}
-        record = {
-            "epoch": epoch + 1,
-            "lr": lr,
-            "amp": machine.amp,
-            "train_loss": loss,
-            "val_loss": validation.loss,
-            "accuracy": validation.accuracy,
-        }
-        run.save_epoch(record, {"network": network.state_dict(), "optimizer": optimizer.state_dict()})
-        if best["epoch"] is None or merit(record) > merit(best):
-            best = record
-            save_best()
-        say(
-            f"  epoch {epoch + 1:3d}/{args.epochs}  lr {lr:.4f}  train loss {loss:.4f}  "
-            f"val loss {validation.loss:.4f}  accuracy {validation.accuracy:5.2f}%  best {best['accuracy']:5.2f}%"
-        )
-    return best

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from engine.store.restore import restore_optimizer
+from engine.training import load_moments
 from model_quantization.quantized_layers import TernaryLayers
 
 
@@ -56,5 +56,5 @@ class EC2TOptimizer:
         return {"adam": self.adam.state_dict(), "layers": self.layers.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        restore_optimizer(self.adam, state["adam"])
+        load_moments(self.adam, state["adam"])
         self.layers.load_state_dict(state["layers"])

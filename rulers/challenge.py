@@ -44,7 +44,6 @@ from rulers.folding import BATCH_NORMS, Folding, fold, is_batch_norm
 from rulers.graph import Node, Value, trace
 from rulers.storage import Formats, Matrix, challenge_formats, smallest
 from rulers.tally import Group, Line, Tally, Uncounted, Widths
-from rulers.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def average_pool_cost(node: Node, folding: Folding, b: int) -> Operations:
 
 def adaptive_pool_cost(node: Node, folding: Folding, b: int) -> Operations:
     """An average over windows that divide the input evenly, overlapping where they must."""
-    sizes = zip(node.arguments["self"].shape[2:], node.output.shape[2:])
+    sizes = zip(node.arguments["self"].shape[2:], node.output.shape[2:], strict=True)
     summands = prod(sum(-(-(i + 1) * old // new) - i * old // new for i in range(new)) for old, new in sizes)
     windows = prod(node.output.shape[2:])
     channels = folding.varying_channels(node.output)
@@ -198,24 +197,23 @@ def measure(
     lines: dict[str, dict[str, Line]] = {group: {} for group in GROUPS}
     uncounted: dict[tuple[str, str], Uncounted] = {}
     seen: set[str | Value] = set()
-    with one_thread():
-        nodes = trace(network, image_size)
-        folding = fold(nodes)
-        for node in nodes:
-            if node in folding.merged:
-                continue
-            rule = rules.get(node.operation)
-            operations = rule.cost(node, folding, widths.value) if rule else None
-            if operations is None:
-                key = node.operation, node.place
-                uncounted.setdefault(key, Uncounted(node.operation, 0, node.place)).count += 1
-            line = _stored(node, folding, widths.value, formats, seen)
-            if operations is not None and rule.group:
-                line.mults, line.adds = operations.mults, operations.adds
-                line.tree_adds, line.tree_bits = operations.tree_adds, operations.tree_bits
-                _add(lines[rule.group], line)
-            elif line.bits:
-                _add(lines["other values"], line)
+    nodes = trace(network, image_size)
+    folding = fold(nodes)
+    for node in nodes:
+        if node in folding.merged:
+            continue
+        rule = rules.get(node.operation)
+        operations = rule.cost(node, folding, widths.value) if rule else None
+        if operations is None:
+            key = node.operation, node.place
+            uncounted.setdefault(key, Uncounted(node.operation, 0, node.place)).count += 1
+        line = _stored(node, folding, widths.value, formats, seen)
+        if operations is not None and rule.group:
+            line.mults, line.adds = operations.mults, operations.adds
+            line.tree_adds, line.tree_bits = operations.tree_adds, operations.tree_bits
+            _add(lines[rule.group], line)
+        elif line.bits:
+            _add(lines["other values"], line)
     groups = [Group(group, list(lines[group].values())) for group in GROUPS if lines[group]]
     params = sum(parameter.numel() for parameter in network.parameters())
     return Tally(ruler, widths, groups, params, uncounted=list(uncounted.values()))

@@ -195,7 +195,7 @@ class _Recorder(TorchDispatchMode):
         views = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
         stored = inputs[0].stored if inputs and views else None
         trained = any(value.trained for value in inputs)
-        for tensor, values in zip(results, data):
+        for tensor, values in zip(results, data, strict=True):
             self.add(Value(tensor, True, values, stored, trained))
 
     def add_return(self, result: Any) -> None:

@@ -1,25 +1,38 @@
-"""Shared by the tests: the project on the import path, one thread, and class folders of tiny random images."""
+"""Every test computes the same on every machine: in 32 bit, on one thread, from the same seed; and what tests share."""
 
+import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import settings
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from helpers.images import random_image
 
 torch.set_num_threads(1)  # tiny tensors: several threads wait longer for each other than one computes
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; programs started here inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-CHANNELS = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "CMYK": (4,)}
+
+@pytest.fixture(autouse=True, scope="session")
+def plain_cpu() -> Iterator[None]:
+    """`--amp auto` means 32 bit: the CPU shows none of what it can. Tests of arithmetic say what it shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_seed() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +50,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
-
-
-def random_image(size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Noise of `size` (width, height) pixels."""
-    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *CHANNELS[mode]), dtype=np.uint8)
-    return Image.fromarray(values, mode)
 
 
 @pytest.fixture
@@ -75,8 +82,7 @@ def make_folders(tmp_path) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> bytes:
     """The packed file of a small network with tensors of every kind."""
-    from packed_files import mixed
-
+    from helpers.packed_files import mixed
     from model_scoring.packing import Kind, write_packed
 
     path = tmp_path_factory.mktemp("packed") / "mixed.safetensors"

@@ -15,22 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-
-class Statistics(NamedTuple):
-    """Mean and standard deviation of red, green and blue, on the scale [0, 1]."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-CIFAR = Statistics((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))
-"""Of the CIFAR training images."""
+from model.registry import CIFAR, Statistics
 
 GRAY = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in luma, as torchvision rounds those of ITU-R BT.601."""

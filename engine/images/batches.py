@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,12 @@ from engine import distributed
 from engine.images.augment import Augmentation, normalise
 from engine.images.datasets import DATASETS, PHOTOGRAPH_SIZE, SMALL
 from engine.images.decoding import BadImages, White, open_image
-from engine.images.preprocessing import IMAGENET, Preprocessing, Transform
+from engine.images.preprocessing import Transform, for_training, for_validation
 from engine.images.sources import ClassFolders, Source, find_source
 from engine.program import processes
 from engine.program.errors import UserError
 from engine.program.report import say
+from model.registry import OF_CIFAR_NETWORKS, Preprocessing
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -100,7 +102,7 @@ class ImagesInMemory:
 
 
 @dataclass(frozen=True)
-class Photographs(Dataset):
+class Photographs(Dataset[tuple[Tensor, int] | BadImages]):
     """Image files and their labels; `transform` makes a tensor `[3, H, W]` of each.
 
     Its random draws follow from `seed` and the image's index: however many workers share the work, the same
@@ -127,7 +129,7 @@ class Photographs(Dataset):
             return self.transform(image), label
 
 
-def _collate(items: list) -> list[Tensor] | BadImages:
+def _collate(items: list[tuple[Tensor, int] | BadImages]) -> list[Tensor] | BadImages:
     """Items as a batch, or all that is wrong with them."""
     faults = [fault for item in items if isinstance(item, BadImages) for fault in item.faults]
     return BadImages(faults) if faults else default_collate(items)
@@ -183,7 +185,7 @@ class ImagesOnDisk:
         starts = range(0, len(order), self.val_batch_size)
         return self._on_device(self._loader(self.val, [order[i : i + self.val_batch_size] for i in starts]))
 
-    def _loader(self, images: Photographs, batches: list) -> DataLoader:
+    def _loader(self, images: Photographs, batches: list[list[int]]) -> DataLoader[Any]:
         """A loader of the images whose indices are in `batches`."""
         return DataLoader(
             images,
@@ -194,7 +196,7 @@ class ImagesOnDisk:
             generator=torch.Generator(),  # of the workers' seeds, which nothing uses: the global stream stays alone
         )
 
-    def _on_device(self, loader: DataLoader) -> Batches:
+    def _on_device(self, loader: DataLoader[Any]) -> Batches:
         with _signals_held():
             batches = iter(loader)
         for batch in batches:
@@ -232,7 +234,7 @@ class ImageRequest:
     batch_size: int = 256
     val_batch_size: int = 512
     workers: int = 4
-    preprocessing: Preprocessing = IMAGENET
+    preprocessing: Preprocessing = OF_CIFAR_NETWORKS
     train: bool = True
 
 
@@ -273,8 +275,8 @@ def _on_disk(request: ImageRequest, source: ClassFolders, device: torch.device) 
     return ImagesOnDisk(
         request.name,
         source.classes,
-        Photographs(source.files["train"], preprocessing.training(size), found.white) if request.train else None,
-        Photographs(source.files["val"], preprocessing.validation(val_size), found.white),
+        Photographs(source.files["train"], for_training(preprocessing, size), found.white) if request.train else None,
+        Photographs(source.files["val"], for_validation(preprocessing, val_size), found.white),
         size,
         val_size,
         request.batch_size,

@@ -128,7 +128,7 @@ class _Found:
     """What lies in class folders: image files, and what is not read."""
 
     images: list[str] = field(default_factory=list)
-    other: Counter = field(default_factory=Counter)  # by their extension
+    other: Counter[str] = field(default_factory=Counter)  # by their extension
     hidden_images: list[str] = field(default_factory=list)
     hidden_folders: list[str] = field(default_factory=list)
     linked: list[str] = field(default_factory=list)
@@ -199,7 +199,7 @@ def _walk(folder: str, seen: set[Identity], found: _Found) -> None:
                 found.linked += [entry.path] if entry.is_symlink() else []
 
 
-def _add_file(entry: os.DirEntry, found: _Found) -> bool:
+def _add_file(entry: os.DirEntry[str], found: _Found) -> bool:
     """Add what is no folder to `found`; whether it is none."""
     linked = entry.is_symlink()
     if entry.is_dir(follow_symlinks=False) or (linked and os.path.isdir(entry.path)):

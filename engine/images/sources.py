@@ -133,7 +133,7 @@ class ArrayFiles:
 class Digits:
     """Scikit-learn's 1,797 handwritten digits of 8 px, enlarged; a fixed stratified fifth is held out."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.classes, self.native_size = [str(digit) for digit in range(10)], 8
 
     def read(self, split: str, size: int) -> tuple[Tensor, Tensor]:

@@ -55,18 +55,19 @@ def add_data_arguments(parser: Parser, dataset: str, image_size: str) -> argpars
     return group
 
 
-def add_machine_arguments(parser: Parser, amp: str = "auto") -> argparse._ArgumentGroup:
-    """Add the arguments that say where and how a program computes; `amp` is the default of `--amp`."""
+def add_machine_arguments(parser: Parser, training: bool = True) -> argparse._ArgumentGroup:
+    """Add the arguments that say where and, for programs with `training`, how a program computes."""
     group = parser.add_argument_group("machine")
     switch(group, "cuda", True, "use the GPUs that CUDA_VISIBLE_DEVICES names")
     group.add_argument("--workers", type=_workers, default=4, metavar="N", help="processes that decode images")
-    group.add_argument(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default=amp,
-        help="mixed precision: bfloat16 or float16, what the hardware is fastest in, or 32 bit throughout",
-    )
-    switch(group, "compile", False, "compile the network with torch.compile: slow start, faster steps")
+    if training:
+        group.add_argument(
+            "--amp",
+            choices=("auto", "bf16", "fp16", "off"),
+            default="auto",
+            help="mixed precision: bfloat16 or float16, what the hardware is fastest in, or 32 bit throughout",
+        )
+        switch(group, "compile", False, "compile the network with torch.compile: slow start, faster steps")
     return group
 
 

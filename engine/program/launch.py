@@ -1,4 +1,4 @@
-"""Running a program: one-line errors, exit codes, interruptions. Imports no torch."""
+"""Running a program: one-line errors and exit codes. Imports no torch."""
 
 import argparse
 import importlib
@@ -6,20 +6,16 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from engine.program.errors import EXIT_WRONG_INPUT, UserError, is_out_of_memory, printable
+from engine.program.interruptions import INTERRUPTIONS, interruptions
 from engine.program.processes import is_first, rank
 
 EXIT_BUG = EXIT_OUT_OF_MEMORY = 1
 EXIT_NOBODY_READS = 128 + signal.SIGPIPE
 
 MAX_LINE = 2000  # characters; what is said may quote files from anywhere
-SECONDS_TO_STOP = 5  # then an interruption is repeated
-SECONDS_TO_REPEAT = 0.05
-
-INTERRUPTIONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 TOO_SMALL = re.compile(r"Kernel size can.t be greater than actual input|Expected more than 1 value per channel")
 
 
@@ -56,7 +52,7 @@ def launch(parser: Parser, program: str) -> None:
     args = parser.parse_args()
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
-    with _interruptions() as caught:
+    with interruptions() as caught:
         try:
             code, line = importlib.import_module(program).run(args), None
         except BaseException as error:
@@ -70,39 +66,6 @@ def launch(parser: Parser, program: str) -> None:
                     with suppress(OSError):  # for what Python flushes on exit
                         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     parser.exit(code, line and parser.line(line))
-
-
-@contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """In here Ctrl-C and SIGTERM raise KeyboardInterrupt, and are noted in the list; afterwards they end the process.
-
-    Destructors and the like swallow exceptions: the interruption is then repeated.
-    """
-    caught = []
-    wanted = [number for number in INTERRUPTIONS if signal.getsignal(number) != signal.SIG_IGN]
-    unraisable = sys.unraisablehook
-
-    def interrupt(number, frame):
-        caught.append(number)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_STOP)
-        raise KeyboardInterrupt
-
-    def swallowed(what):
-        if caught and what.exc_type is KeyboardInterrupt:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_REPEAT)
-        else:
-            unraisable(what)
-
-    for number in (*wanted, signal.SIGALRM):
-        signal.signal(number, interrupt)
-    sys.unraisablehook = swallowed
-    try:
-        yield caught
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.unraisablehook = unraisable
-        for number in wanted:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _interruption(number: int, args: argparse.Namespace) -> tuple[int, str]:

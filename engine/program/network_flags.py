@@ -3,13 +3,15 @@
 import argparse
 
 from engine.program.arguments import nonnegative_float, positive_float
+from engine.program.errors import UserError
 from engine.program.launch import Parser
-from model import MODELS
+from model import ROWS
+from model.registry import MAX_MULTIPLIER
 
 
 def _known_model(text: str) -> str:
-    if text not in MODELS:
-        raise argparse.ArgumentTypeError(f"unknown model {text!r} (choose from {', '.join(MODELS)})")
+    if text not in ROWS:
+        raise argparse.ArgumentTypeError(f"unknown model {text!r} (choose from {', '.join(ROWS)})")
     return text
 
 
@@ -36,7 +38,7 @@ def add_model_arguments(
         "--model",
         type=_own_or_known_model if own else _known_model,
         metavar="NAME",
-        help=f"one of {', '.join(MODELS)}{', or your own builder, module:function' if own else ''}; "
+        help=f"one of {', '.join(ROWS)}{', or your own builder, module:function' if own else ''}; "
         "the checkpoint knows, and a contradiction is an error",
     )
     group.add_argument(
@@ -44,3 +46,27 @@ def add_model_arguments(
     )
     group.add_argument("--phi", type=nonnegative_float, help="their exponent: MicroNet(d^phi, w^phi), likewise")
     return group
+
+
+def wanted_spec(model: str | None, dw_multps: list[float] | None, phi: float | None) -> dict:
+    """The part of a spec that `--model`, `--dw-multps` and `--phi` ask for; flags left out ask for nothing."""
+    spec = {"name": model} if model else {}
+    if dw_multps or phi is not None:
+        spec |= scaled(*(dw_multps or (1.4, 1.2)), 3.5 if phi is None else phi)
+    return spec
+
+
+def scaled(d: float, w: float, phi: float) -> dict[str, float]:
+    """The part of a spec that says MicroNet(d^phi, w^phi); UserError where nobody can mean such a network."""
+    spec = {}
+    for part, multiplier in (("depth", d), ("width", w)):
+        try:
+            spec[part] = multiplier**phi
+        except OverflowError:
+            spec[part] = float("inf")
+        if not 0 < spec[part] <= MAX_MULTIPLIER:
+            raise UserError(
+                f"a {part} multiplier of {multiplier:g}^{phi:g} = {spec[part]:.3g} makes no usable network: "
+                f"take multipliers and phi for more than 0 and at most {MAX_MULTIPLIER:g}, such as 1.4^3.5"
+            )
+    return spec

@@ -22,9 +22,8 @@ from engine.program.errors import UserError, is_out_of_memory
 from engine.program.report import say
 from engine.store import torch_file
 from engine.store.files import write_whole
-from model import MICRONETS, MODELS, build
-from model.identify import expected_state_dict, mismatches, nearest
-from model.micronet import MAX_MULTIPLIER
+from model import build
+from model.identify import OtherNetwork, identify
 
 SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors")
 LISTED = 12  # files of a folder that an error message names
@@ -51,7 +50,7 @@ class Checkpoint:
         return network
 
     def with_classes(self, classes: list[str], dataset: str, data_path: str, seed: int) -> "Checkpoint":
-        """This checkpoint if the network tells the data set's classes apart, else one with a new classifier.
+        """This checkpoint if the network has as many classes as the data set, else one with a new classifier.
 
         All other tensors stay. The new classifier is drawn at random from `seed`, and a line says aloud that it is.
         """
@@ -59,7 +58,7 @@ class Checkpoint:
             self._compare_names(classes, data_path)
             return self
         say(
-            f"NEW CLASSIFIER: {self.path} tells {self.spec['num_classes']} classes apart, {dataset} in {data_path} has "
+            f"NEW CLASSIFIER: {self.path} has {self.spec['num_classes']} classes, {dataset} in {data_path} has "
             f"{len(classes)}: the other layers are kept, the last one starts at random; if that is not meant, pass the "
             f"--dataset and --data-path that the network was trained on"
         )
@@ -72,10 +71,10 @@ class Checkpoint:
         return replace(self, spec=spec, state_dict=fresh | kept, extra=extra)
 
     def check_classes(self, classes: list[str], dataset: str, data_path: str) -> None:
-        """Raise a UserError unless the network tells as many classes apart as the data set has."""
+        """Raise a UserError unless the network has as many classes as the data set."""
         if len(classes) != self.spec["num_classes"]:
             raise UserError(
-                f"{self.path} tells {self.spec['num_classes']} classes apart, but {dataset} in {data_path} has "
+                f"{self.path} has {self.spec['num_classes']} classes, but {dataset} in {data_path} has "
                 f"{len(classes)}; pass the --dataset and --data-path that the network was trained on"
             )
         self._compare_names(classes, data_path)
@@ -128,30 +127,6 @@ def network_content(spec: dict, network: nn.Module, /, **extra) -> dict:
 def copy(source: Path, target: Path) -> None:
     """Copy a checkpoint as safely as `save` writes one."""
     save(read(source), target)
-
-
-def wanted_spec(model: str | None, dw_multps: list[float] | None, phi: float | None) -> dict:
-    """The part of a spec that `--model`, `--dw-multps` and `--phi` ask for; flags left out ask for nothing."""
-    spec = {"name": model} if model else {}
-    if dw_multps or phi is not None:
-        spec |= scaled(*(dw_multps or (1.4, 1.2)), 3.5 if phi is None else phi)
-    return spec
-
-
-def scaled(d: float, w: float, phi: float) -> dict[str, float]:
-    """The part of a spec that says MicroNet(d^phi, w^phi); UserError where nobody can mean such a network."""
-    spec = {}
-    for part, multiplier in (("depth", d), ("width", w)):
-        try:
-            spec[part] = multiplier**phi
-        except OverflowError:
-            spec[part] = float("inf")
-        if not 0 < spec[part] <= MAX_MULTIPLIER:
-            raise UserError(
-                f"a {part} multiplier of {multiplier:g}^{phi:g} = {spec[part]:.3g} makes no usable network: "
-                f"take multipliers and phi for more than 0 and at most {MAX_MULTIPLIER:g}, such as 1.4^3.5"
-            )
-    return spec
 
 
 def find(name: str, folder: Path) -> Path:
@@ -227,14 +202,9 @@ def read_network(path: Path, wanted: dict | None = None) -> Checkpoint:
     """
     content = read(path)
     state_dict = _state_dict(content, path)
-    if _is_spec(content.get("model")):
-        spec = dict(content["model"])
-        _check_spec(spec, state_dict, path)
-    else:
-        spec = _identified(state_dict, path)
+    with naming(path):
+        spec = identify(state_dict, content.get("model"), wanted)
     _check_values(state_dict, path)
-    if wanted:
-        check_wanted(wanted, spec, state_dict, path)
     extra = {key: value for key, value in content.items() if type(key) is str and key not in ("model", "state_dict")}
     extra = _usable(extra) if "state_dict" in content else {}
     if len(extra.get("classes", ())) != spec["num_classes"]:
@@ -242,11 +212,17 @@ def read_network(path: Path, wanted: dict | None = None) -> Checkpoint:
     return Checkpoint(path, spec, state_dict, extra)
 
 
-def describe(spec: dict) -> str:
-    """Say a spec as the flags that ask for it."""
-    if spec["name"] in MICRONETS:
-        return f"--model {spec['name']} --dw-multps {spec['depth']:.9g} {spec['width']:.9g} --phi 1"
-    return f"--model {spec['name']}"
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Identify the network in the file `path` in here: what is wrong with it becomes a UserError that names the file."""
+    try:
+        yield
+    except OtherNetwork as error:
+        raise UserError(f"{path} {error}") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path}: {error}; {_another(path)}; run_scoring.py scores networks of your own with --model module:function"
+        ) from None
 
 
 def _state_dict(content: dict, path: Path) -> dict[str, Tensor]:
@@ -263,35 +239,6 @@ def _state_dict(content: dict, path: Path) -> dict[str, Tensor]:
 
 def _all_tensors(tensors: Mapping) -> bool:
     return bool(tensors) and all(isinstance(t, Tensor) and isinstance(name, str) for name, t in tensors.items())
-
-
-def _is_spec(model) -> bool:
-    """Whether the entry `model` of a file is a whole spec of ours; other programs keep other things there."""
-    if not isinstance(model, Mapping) or not all(isinstance(value, int | float | str) for value in model.values()):
-        return False
-    needed = {"depth", "width", "num_classes"} if model.get("name") in MICRONETS else {"num_classes"}
-    return model.get("name") in MODELS and model.keys() >= needed
-
-
-def _check_spec(spec: dict, state_dict: dict, path: Path) -> None:
-    try:
-        differences = mismatches(expected_state_dict(spec), state_dict)
-    except Exception as error:  # whatever the odd arguments in the file lead to
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: says that it is {spec}, which can't be built ({reason}); {_another(path)}") from None
-    if differences:
-        raise UserError(f"{path}: says that it is {describe(spec)}, but {_first(differences)}; {_another(path)}")
-
-
-def _identified(state_dict: dict, path: Path) -> dict:
-    spec, differences = nearest(state_dict)
-    if spec and not differences:
-        return spec
-    hint = f"; nearest is {describe(spec)}, but {_first(differences)}" if spec else ""
-    raise UserError(
-        f"{path}: the tensors fit none of the known networks ({', '.join(MODELS)}){hint}; "
-        f"run_scoring.py scores networks of your own with --model module:function"
-    )
 
 
 def _check_values(state_dict: dict, path: Path) -> None:
@@ -323,18 +270,3 @@ TOLD = {  # what a checkpoint says of its network's training, and what a program
 def _usable(extra: dict) -> dict:
     """`extra` without what no program here can have written."""
     return {key: value for key, value in extra.items() if key not in TOLD or TOLD[key](value)}
-
-
-def check_wanted(wanted: dict, spec: dict, state_dict: dict, path: Path) -> None:
-    """Raise a UserError that names both if the flags ask for another network than the one in `path`."""
-    if wanted.get("name", spec["name"]) == spec["name"]:
-        merged = {**spec, **{key: value for key, value in wanted.items() if key in spec}}
-        if not mismatches(expected_state_dict(merged), state_dict):
-            return
-        raise UserError(f"{path} holds {describe(spec)}, but the flags ask for {describe(merged)}: leave those out")
-    raise UserError(f"{path} holds {describe(spec)}, but the flags ask for --model {wanted['name']}: leave that out")
-
-
-def _first(differences: list[str]) -> str:
-    more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-    return differences[0] + more

@@ -41,6 +41,11 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that no moment leaves half of it."""
+    write_whole(text.encode(), path)
+
+
 def _open_locked(path: Path):
     """Make a file that `_remove_unfinished` leaves alone as long as it is open."""
     while True:
@@ -90,7 +95,7 @@ def hold(path: Path, wait: bool = False) -> TextIO:
         with file:
             file.seek(0)
             holder = file.read(200).strip() or "another process"
-        message = f"{path.parent}: {holder} is at this run; wait for its end, or pass another --save-dir"
+        message = f"{path.parent}: {holder} is working on this run; wait for its end, or pass another --save-dir"
         raise UserError(message) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -4,12 +4,11 @@
     FOLDER/last.pt          the state after the last whole epoch: what resuming reads
     FOLDER/best*.pt         the best network so far (of each phase)
     FOLDER/log.jsonl        one JSON line an epoch
-    FOLDER/seconds          what the whole epochs took, over all processes that were at this run
+    FOLDER/seconds          what the whole epochs took, over all processes that worked on this run
     FOLDER/result.json      written when the run is finished
-    FOLDER/lock             held by the process that is at this run, and named in it
+    FOLDER/lock             held by the process that is working on this run, and named in it
 
-A process may be killed between any two of these writes. `last.pt` is written first and decides: `log.jsonl` and, if
-the last epoch is the best so far, the best network follow from it, and the epoch after it is repeated.
+`engine.fit` says in which order they are written.
 
 The folder's name ends in a digest of the arguments: runs with different arguments never share a folder.
 """
@@ -24,12 +23,7 @@ from engine import distributed
 from engine.program import processes
 from engine.program.errors import UserError
 from engine.store.checkpoint import read, save
-from engine.store.files import hold, write_whole
-
-
-def merit(record: dict) -> tuple[float, float]:
-    """What makes an epoch the best one: its accuracy, and among equals the smallest validation loss."""
-    return record["accuracy"], -record["val_loss"]
+from engine.store.files import hold, write_text, write_whole
 
 
 class Run:
@@ -69,7 +63,7 @@ class Run:
     def open(self, resume: bool) -> None:
         """Make the folder and lock it; with `resume`, read the state that the last whole epoch left there.
 
-        UserError where another process is at this run.
+        UserError where another process is working on this run.
         """
         self._hold()
         write_text(self.folder / "arguments.json", json.dumps(self.arguments, indent=2) + "\n")
@@ -132,22 +126,6 @@ class Run:
     def _write_log(self) -> None:
         write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
-    @property
-    def best(self) -> dict | None:
-        """The record of the best epoch; None before any."""
-        return max(self.history, key=merit, default=None)
-
-    def check_history(self, kinds: dict[str, type]) -> None:
-        """Raise ValueError unless all records have these keys and kinds."""
-        for record in self.history:
-            if record.keys() != kinds.keys() or not all(isinstance(record[key], kinds[key]) for key in kinds):
-                raise ValueError(f"{str(record)[:100]} is no record of an epoch")
-
-    def check_file(self, name: str) -> None:
-        """Raise ValueError unless the file `name` is in the run's folder."""
-        if not (self.folder / name).is_file():
-            raise ValueError(f"{name} beside it is missing")
-
     def finish(self, result: dict) -> None:
         """Write the result, and let other processes at this run."""
         write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -156,25 +134,12 @@ class Run:
             self._lock = None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that no moment leaves half of it."""
-    write_whole(text.encode(), path)
-
-
 def _read_state(path: Path) -> dict:
     content = read(path)
     kinds = {"arguments": dict, "state": dict, "history": list}
-    if not all(isinstance(content.get(key), kind) for key, kind in kinds.items()) or not (
-        _is_flat(content["arguments"]) and content["history"] and all(map(_is_flat, content["history"]))
-    ):
+    if not all(isinstance(content.get(key), kind) and content[key] for key, kind in kinds.items()):
         raise UserError(f"{path}: holds no run's state; pass the last.pt in a run's folder")
     return content
-
-
-def _is_flat(record: object) -> bool:
-    """Whether `record` is a dict of numbers and texts by name."""
-    plain = (int, float, str, bool, type(None))
-    return isinstance(record, dict) and all(type(k) is str and type(v) in plain for k, v in record.items())
 
 
 def resume_from(path: Path, runs: list[Run]) -> None:

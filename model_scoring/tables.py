@@ -1,0 +1,101 @@
+"""What a score looks like: the listing of one ruler, the summary of all, before beside after, and JSON."""
+
+from dataclasses import asdict
+
+from engine.evaluation import Evaluation
+from engine.program.report import table, with_unit
+from rulers.tally import Tally, Task
+
+
+def listing(tally: Tally) -> str:
+    """Every layer, and every group's subtotal."""
+    headers = ["layer", "kept as", "weights", "zeros", "params", "mults", "adds", "MFLOP"]
+    rows = []
+    for group in tally.groups:
+        rows += [
+            [f"  {line.name}", line.note, *_amounts(line.numel, line.nonzero), f"{line.bits / 32:,.0f}",
+             f"{line.mults:,.0f}", f"{line.adds:,.0f}", f"{tally.line_mflop(line):.2f}"]
+            for line in group.lines
+        ]  # fmt: skip
+        totals = {key: group.total(key) for key in ("numel", "nonzero", "mults", "adds")}
+        rows.append(
+            [group.name.upper(), "", *_amounts(totals["numel"], totals["nonzero"]),
+             f"{tally.scoring_params(group):,.0f}", f"{totals['mults']:,.0f}", f"{totals['adds']:,.0f}",
+             f"{tally.mflop(group):.2f}"]
+        )  # fmt: skip
+    return f"The {tally.ruler} ruler\n\n" + table(headers, rows)
+
+
+def _amounts(numel: float, nonzero: float) -> tuple[str, str]:
+    return (f"{numel:,.0f}", f"{100 * (1 - nonzero / numel):.2f}%") if numel else ("", "")
+
+
+def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, evaluation: Evaluation | None) -> str:
+    """The totals of every ruler, the score against the task's baseline, the accuracy against its threshold."""
+    headers = ["ruler", "bits (value/mul/add)", "params", "zeros", "scoring params", "MB", "MFLOP", "score"]
+    rows = [
+        [
+            name,
+            f"{tally.widths.value}/{tally.widths.mul}/{tally.widths.add}",
+            f"{tally.params:,}",
+            f"{tally.zeros_percent:.2f}%",
+            f"{tally.total_scoring_params:,.0f}",
+            f"{tally.megabytes:.3f}",
+            f"{tally.total_mflop:.2f}",
+            f"{tally.score(task):.14f}",
+        ]
+        for name, tally in tallies.items()
+    ]
+    own_task = task.is_solved_by(dataset, classes)
+    lines = [
+        "\nSummary",
+        table(headers, rows),
+        f"Baseline   {task.name}: {with_unit(task.base_params)} params, {with_unit(task.base_ops)} operations"
+        + ("" if own_task else f" ({dataset} with {classes} classes is no task of the challenge)"),
+        f"Threshold  {task.correct:,} of {task.images:,} right on {task.name}",
+    ]
+    if evaluation:
+        verdict = ""
+        if own_task:
+            holds = evaluation.correct * task.images >= task.correct * evaluation.images
+            verdict = ", which holds the threshold" if holds else ", which misses the threshold"
+        value = next(iter(tallies.values())).widths.value
+        lines.append(
+            f"Accuracy   {evaluation.accuracy:.2f}% ({evaluation.correct:,} of {evaluation.images:,} right{verdict}; "
+            f"parameters rounded to {value} bit)"
+        )
+    for name, tally in tallies.items():
+        for entry in tally.uncounted:
+            lines.append(f"Uncounted  {name}: {entry.operation}, {entry.count} times in {entry.place or 'the network'}")
+    return "\n".join(lines)
+
+
+def before_and_after(
+    before: Tally, after: Tally, task: Task, evaluations: tuple[Evaluation | None, Evaluation | None]
+) -> str:
+    """Two tallies, and two accuracies, side by side; no accuracy where there is none of the second."""
+    rows = [
+        ["zeros", f"{before.zeros_percent:.2f}%", f"{after.zeros_percent:.2f}%"],
+        ["scoring params", *(with_unit(t.total_scoring_params) for t in (before, after))],
+        ["FLOP", *(with_unit(t.total_mflop * 1e6) for t in (before, after))],
+        ["score", *(f"{t.score(task):.5f}" for t in (before, after))],
+    ]
+    if evaluations[1]:
+        rows.insert(0, ["accuracy", *(f"{one.accuracy:.2f}%" if one else "-" for one in evaluations)])
+    return table(["", "before", "after"], rows)
+
+
+def as_dict(tally: Tally, task: Task) -> dict:
+    """A tally with its sums, ready for JSON."""
+    return {
+        **asdict(tally),
+        "zeros_percent": tally.zeros_percent,
+        "scoring_params": tally.total_scoring_params,
+        "megabytes": tally.megabytes,
+        "mflop": tally.total_mflop,
+        "score": tally.score(task),
+        "subtotals": {
+            group.name: {"scoring_params": tally.scoring_params(group), "mflop": tally.mflop(group)}
+            for group in tally.groups
+        },
+    }

@@ -1,0 +1,72 @@
+"""What each of two processes does in `test_distributed.py`: started by `torchrun`, or alone for comparison.
+
+    torchrun --nproc_per_node=2 tests/helpers/two_processes.py FOLDER
+
+writes FOLDER/process_RANK_of_WORLD.pt: the state of EC2T after some steps, the indices of the images that this
+process saw, and its evaluation.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from engine import distributed  # noqa: E402
+from engine.device import choose_machine  # noqa: E402
+from engine.evaluation import evaluate  # noqa: E402
+from engine.images.augment import Augmentation, normalise  # noqa: E402
+from engine.images.batches import ImagesInMemory  # noqa: E402
+from engine.program import processes  # noqa: E402
+from engine.training import train_epoch  # noqa: E402
+from model import build  # noqa: E402
+from model.selection import ternary_candidates  # noqa: E402
+from model_quantization.optimizer import EC2TOptimizer  # noqa: E402
+from model_quantization.quantized_layers import TernaryLayers  # noqa: E402
+
+STEPS, BATCH, IMAGES, CLASSES = 4, 16, 67, 10
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    machine = choose_machine(cuda=False)
+    torch.manual_seed(0)
+    network = machine.place(build({"name": "resnet20", "num_classes": CLASSES}))
+    # the label of an image is its index: what a process saw can be told from the labels
+    images = torch.randint(256, (IMAGES, 3, 8, 8), dtype=torch.uint8)
+    numbered = images, torch.arange(IMAGES)
+    data = ImagesInMemory("folder", [], numbered, numbered, Augmentation(), BATCH, BATCH)
+    result = {
+        "trained_on": torch.cat([labels for _, labels in data.train_batches(seed=1)]),
+        "evaluated_on": torch.cat([labels for _, labels in data.val_batches()]),
+    }
+
+    layers = TernaryLayers(network, ternary_candidates(network, "resnet20"), s=0.3, g=0.1)
+    parameters = dict(network.named_parameters())
+    others = [parameter for name, parameter in parameters.items() if name not in layers.names]
+    optimizer = EC2TOptimizer(layers, others, lr=1e-3, lr2=1e-4, weight_decay=5e-6)
+    runner = machine.runner(network)
+    network.eval()  # BatchNorm computes with what it has seen: images do not depend on their batch
+    for step in range(STEPS):
+        batch = distributed.shard(torch.arange(step * BATCH, (step + 1) * BATCH))
+        optimizer.zero_grad()
+        F.cross_entropy(runner(normalise(images[batch])), batch % CLASSES).backward()
+        if step == 0:
+            result["gradient"] = layers.gradient.clone()
+        optimizer.step()
+    result["layers"] = layers.state_dict()
+    result["others"] = [parameter.detach().clone() for parameter in others]
+
+    labelled = images, torch.arange(IMAGES) % CLASSES
+    data = ImagesInMemory("folder", [], labelled, labelled, Augmentation(flip=True), BATCH, BATCH)
+    evaluation = evaluate(network, data, machine)
+    result["evaluation"] = (evaluation.loss, evaluation.correct, evaluation.images)
+    result["epoch_loss"] = train_epoch(runner, optimizer, data, machine, seed=2, description="")
+    result["trained"] = network.state_dict()
+    torch.save(result, folder / f"process_{processes.rank()}_of_{processes.world_size()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,135 @@
+"""Two processes under `torchrun` train what one trains, and only one of them speaks and writes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engine import distributed
+from engine.images.batches import ImageRequest, load_data
+from engine.images.datasets import DATA_PATH
+from engine.program.errors import UserError
+from engine.store.checkpoint import network_content, read, save
+from helpers import ROOT, two_processes
+from model import build
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*TORCHRUN, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def alone_and_two(tmp_path_factory) -> list[dict]:
+    """What one process got on whole batches, then what each of two got on its halves."""
+    folder = tmp_path_factory.mktemp("processes")
+    two_processes.main(folder)
+    done = torchrun("tests/helpers/two_processes.py", str(folder))
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"process_{name}.pt") for name in ("0_of_1", "0_of_2", "1_of_2")]
+
+
+def test_processes_hold_bit_identical_networks(alone_and_two):
+    _, first, second = alone_and_two
+    assert torch.equal(first["gradient"], second["gradient"])
+    for part in ("layers", "trained"):
+        assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
+    assert all(map(torch.equal, first["others"], second["others"]))
+    assert first["epoch_loss"] == second["epoch_loss"] and first["evaluation"] == second["evaluation"]
+
+
+def test_halves_of_a_batch_are_a_step_of_the_whole_batch(alone_and_two):
+    """Gradients are averaged before EC2T scales them: every weight, centroid and assignment is as in one process."""
+    alone, first, _ = alone_and_two
+    torch.testing.assert_close(first["gradient"], alone["gradient"], rtol=1e-4, atol=1e-6)
+    for name in ("weights", "centroids"):
+        torch.testing.assert_close(first["layers"][name], alone["layers"][name], rtol=1e-4, atol=1e-5)
+    differing = first["layers"]["assignment"] != alone["layers"]["assignment"]
+    assert differing.float().mean() < 1e-4  # a weight on a threshold may fall on either side
+    for ours, theirs in zip(first["others"], alone["others"]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_processes_share_every_image_once(alone_and_two):
+    alone, first, second = alone_and_two
+    for part, images in (("evaluated_on", 67), ("trained_on", 64)):  # 64: the incomplete last batch is left out
+        seen = torch.cat([first[part], second[part]])
+        assert len(seen) == images and sorted(seen.tolist()) == sorted(alone[part].tolist())
+    assert alone["evaluation"][1:] == first["evaluation"][1:]
+    assert alone["evaluation"][0] == pytest.approx(first["evaluation"][0], rel=1e-5)
+
+
+def test_stages_run_under_torchrun_and_one_process_speaks(tmp_path):
+    torch.manual_seed(0)
+    spec = {"name": "resnet20", "num_classes": 10}
+    save(network_content(spec, build(spec), dataset="digits", image_size=8), tmp_path / "resnet.pt")
+    done = torchrun(
+        *("run_quantization.py", "--model-dict", str(tmp_path / "resnet.pt"), "--save-dir", str(tmp_path)),
+        *"--batch-size 358 --epochs 1 --retrain-epochs 1 --ini-c-divrs 0.3 --lambda-max-divrs 0.1".split(),
+        *"--no-cuda --amp off".split(),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum("2 processes" in line for line in lines) == sum("Best by accuracy" in line for line in lines) == 1
+    (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    history = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    epochs = [(record["phase"], record["epoch"]) for record in history]
+    assert epochs == [("ternarize", 0), ("ternarize", 1), ("retrain", 1)]
+    assert read(tmp_path / "Ternary_best_acc.pt")["accuracy"] == max(record["accuracy"] for record in history)
+
+
+def test_scaling_walks_its_grid_under_torchrun(tmp_path):
+    done = torchrun(
+        *("run_compound_scaling.py", "--save-dir", str(tmp_path)),
+        *"--dataset digits --image-size 8 --grid 0.14 0.5 0.14 0.4 --phi 1 --epochs 1 --batch-size 358".split(),
+        *"--no-cuda --amp off".split(),
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(file.read_text())["accuracy"] for file in tmp_path.rglob("result.json")]
+    assert len(results) == 2 and read(tmp_path / "best_model.pt")["accuracy"] == max(results)
+
+
+def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
+        load_data(ImageRequest("digits", DATA_PATH, batch_size=15), torch.device("cpu"))
+    load_data(ImageRequest("digits", DATA_PATH, batch_size=15, train=False), torch.device("cpu"))
+
+
+def test_the_first_process_reads_first(monkeypatch):
+    """What it downloads or decodes, the others find."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    order = []
+    monkeypatch.setattr(distributed, "broadcast", lambda value: order.append("told") or True)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with distributed.first_process_first():
+            order.append(rank)
+    assert order == ["0", "told", "told", "1"]
+
+
+def test_what_fails_in_the_first_process_ends_the_others_in_silence(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = []
+    monkeypatch.setattr(distributed, "broadcast", lambda value: told.append(value) or False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="no such folder"), distributed.first_process_first():
+        raise UserError("no such folder")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end, distributed.first_process_first():
+        pytest.fail("reads what the first process could not")
+    assert told == [False, None] and end.value.code == 2 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("environment, said", [({"RANK": "3"}, 1), ({"RANK": "3", "WORLD_SIZE": "4"}, 0)])
+def test_a_wrong_command_line_is_said_once(environment, said):
+    """By the first of several processes; what a cluster sets for other ends, a rank alone, silences nobody."""
+    command = [sys.executable, "run_scoring.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("--t-model") == said
