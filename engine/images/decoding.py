@@ -115,11 +115,13 @@ def deep_range(path: str) -> Range | None:
         deep_colour = DEEP_COLOUR.search(str(image.tile))
         image.draft(None, (1, 1))  # JPEG: all is decoded, but fewer pixels are made of it
         image.load()
-        values = _deep_values(image)
-        if values is None and not deep_colour:
-            return None
-        kind = "colour" if values is None else "floating" if values.dtype.kind == "f" else "whole"
-        values = np.asarray(image.convert("RGB")) if values is None else values
+        values, kind = _deep_values(image), "colour"
+        if values is None:
+            values = np.asarray(_as_rgb(image, White()))
+            if not deep_colour:
+                return None
+        else:
+            kind = "floating" if values.dtype.kind == "f" else "whole"
         low, high = float(values.min()), float(values.max())  # NaN, where any value is that
     if not 0 <= low <= high <= TOPS[-1]:
         what = f"holds values from {low:g} to {high:g}, not from 0 to at most {TOPS[-1]:g}"

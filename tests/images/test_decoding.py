@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.images.decoding import open_image
+from engine.images.decoding import White, open_image
 from helpers import images
 from helpers.images import PHOTO, random_image, refusal, write_grey
 
@@ -83,6 +83,15 @@ def test_16_bit_grey_keeps_its_upper_half(suffix, tmp_path):
         1,
         1,
     ]
+
+
+@pytest.mark.parametrize("dtype", [">u2", "<u2", "<i4", "<f4"])
+def test_the_order_of_bytes_does_not_matter(dtype, tmp_path):
+    values = np.array([[0, 0x8000, 0xFFFF]])
+    mode = {">u2": "I;16B", "<u2": "I;16", "<i4": "I", "<f4": "F"}[dtype]
+    Image.frombytes(mode, (3, 1), values.astype(dtype).tobytes()).save(tmp_path / "x.tif")
+    white = White(top=65535)
+    assert np.asarray(open_image(str(tmp_path / "x.tif"), white))[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_a_negative_of_16_bit_becomes_positive(tmp_path):
