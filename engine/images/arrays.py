@@ -5,9 +5,7 @@ labels   integers [N], indices into `classes`
 classes  names [C]
 """
 
-import hashlib
 import io
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.images.folders import composed
 from engine.program.errors import UserError
 from engine.store.files import write_whole
 
@@ -42,41 +41,42 @@ def read_arrays(file: Path) -> ImageArrays:
     """Read an `.npz` file of images, executing nothing in it; UserError where it is damaged or something else."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            images, labels, classes = arrays["images"], arrays["labels"], arrays["classes"].tolist()
+            images, labels, classes = arrays["images"], arrays["labels"], _names(arrays["classes"])
     except Exception as error:  # whatever the damaged bytes lead to
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file}: holds no arrays of images, labels and classes ({reason}); make it again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise UserError(f"{file}: holds images as {images.dtype} {list(images.shape)}, not as uint8 [N, H, W, 3]")
-    fitting = labels.shape == images.shape[:1] and labels.dtype.kind in "iu" and isinstance(classes, list)
+    fitting = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
     if not fitting or not 0 <= labels.min() <= labels.max() < len(classes):
         raise UserError(f"{file}: its labels do not name one of its classes for each of its {len(images)} images")
     return ImageArrays(images, labels.astype(np.int64), classes)
 
 
-def cached(
-    split: Path,
-    size: int,
-    files: list[tuple[str, int]],
-    classes: list[str],
-    decode: Callable[[], tuple[np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images `[N, size, size, 3]` and labels `[N]` of the class folders `split`: from the cache, else from `decode`.
+def _names(classes: np.ndarray) -> list[str]:
+    """Class names `[C]` as text, also where they are stored as bytes or numbers."""
+    if classes.ndim != 1:
+        raise ValueError(f"classes is of the shape {list(classes.shape)}")
+    names = (
+        name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name) for name in classes.tolist()
+    )
+    return [composed(name) for name in names]
 
-    `files` pairs each image file with its label, an index into `classes`. The cache, an `.npz` file in the folder
-    `.cache` beside `split`, is used while its `files` keep their names, labels, sizes and times.
+
+def cached(
+    cache: Path, classes: list[str], decode: Callable[[], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images `[N, size, size, 3]` and labels `[N]`: from the `.npz` file `cache`, else from `decode`, and then kept.
+
+    The caller sees to it that `cache` has another name once they change; of those that differ after the last hyphen
+    only, the others are removed.
     """
-    sha = hashlib.sha256()
-    for file, label in files:
-        status = os.stat(file)
-        sha.update(f"{os.path.relpath(file, split)}/{label}/{status.st_size}/{status.st_mtime_ns}\n".encode())
-    cache = split.parent / ".cache" / f"{split.name}-{size}px-{sha.hexdigest()[:16]}.npz"
     if cache.is_file():
         with suppress(UserError):
             return read_arrays(cache)[:2]
     images, labels = decode()
     with suppress(UserError, OSError):  # a folder that can't be written to works as well, only slower
-        for other in cache.parent.glob(f"{split.name}-{size}px-*.npz"):
+        for other in cache.parent.glob(f"{cache.name.rpartition('-')[0]}-*.npz"):
             if other != cache:
                 other.unlink()
         buffer = io.BytesIO()

@@ -5,7 +5,6 @@ ImageNet and its like stay on disk, and worker processes decode them.
 """
 
 import hashlib
-import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -23,10 +22,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from engine import distributed
 from engine.images.augment import Augmentation, normalise
 from engine.images.datasets import DATASETS, PHOTOGRAPH_SIZE, SMALL
-from engine.images.decoding import open_image
-from engine.images.folders import ClassFolders
+from engine.images.decoding import BadImages, White, open_image
 from engine.images.preprocessing import Transform, for_training, for_validation
-from engine.images.sources import Source, find_source
+from engine.images.sources import ClassFolders, Source, find_source
 from engine.program import processes
 from engine.program.errors import UserError
 from engine.program.report import say
@@ -104,7 +102,7 @@ class ImagesInMemory:
 
 
 @dataclass(frozen=True)
-class Photographs(Dataset[tuple[Tensor, int] | UserError]):
+class Photographs(Dataset[tuple[Tensor, int] | BadImages]):
     """Image files and their labels; `transform` makes a tensor `[3, H, W]` of each.
 
     Its random draws follow from `seed` and the image's index: however many workers share the work, the same
@@ -113,27 +111,28 @@ class Photographs(Dataset[tuple[Tensor, int] | UserError]):
 
     files: list[tuple[str, int]]
     transform: Transform
+    white: White
     seed: int = 0
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | UserError:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImages:
         """An image and its label, or what is wrong with its file: an error that is raised arrives as a traceback."""
         file, label = self.files[index]
         try:
-            image = open_image(file)
-        except UserError as error:
+            image = open_image(file, self.white)
+        except BadImages as error:
             return error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + index)
             return self.transform(image), label
 
 
-def _collate(items: list[tuple[Tensor, int] | UserError]) -> list[Tensor] | UserError:
-    """Items as a batch, or the first error among them."""
-    errors = (item for item in items if isinstance(item, UserError))
-    return next(errors, None) or default_collate(items)
+def _collate(items: list[tuple[Tensor, int] | BadImages]) -> list[Tensor] | BadImages:
+    """Items as a batch, or all that is wrong with them."""
+    faults = [fault for item in items if isinstance(item, BadImages) for fault in item.faults]
+    return BadImages(faults) if faults else default_collate(items)
 
 
 @dataclass
@@ -150,6 +149,8 @@ class ImagesOnDisk:
     val_batch_size: int
     workers: int
     device: torch.device
+    digest: str
+    """What distinguishes data sets of the same name: SHA-256 of all files' names and contents."""
 
     @property
     def num_train_batches(self) -> int:
@@ -166,14 +167,6 @@ class ImagesOnDisk:
     @property
     def num_val_images(self) -> int:
         return len(self.val)
-
-    @cached_property
-    def digest(self) -> str:
-        """What distinguishes data sets of the same name: SHA-256 of all files' names and sizes, below their root."""
-        files = [file for split in (self.train, self.val) if split for file, _ in split.files]
-        root = os.path.commonpath(files)
-        lines = (f"{os.path.relpath(file, root)} {os.path.getsize(file)}\n" for file in files)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def train_batches(self, seed: int) -> Batches:
         """Every image once, shuffled and augmented by `seed` alone; an incomplete last batch is left out.
@@ -207,7 +200,7 @@ class ImagesOnDisk:
         with _signals_held():
             batches = iter(loader)
         for batch in batches:
-            if isinstance(batch, UserError):
+            if isinstance(batch, BadImages):
                 del batches  # else the error's traceback holds them, and the workers end only seconds later
                 raise batch
             images, labels = batch
@@ -258,8 +251,15 @@ def load_data(request: ImageRequest, device: torch.device) -> Data:
             data: Data = _on_disk(request, source, device)
         else:
             data = _in_memory(request, source, device)
+        if data.train and data.num_train_images < processes.world_size():
+            raise UserError(
+                f"{request.path}: {data.num_train_images} training images can't be shared by {processes.world_size()} "
+                f"processes; start fewer"
+            )
     where = request.name if DATASETS[request.name].source == "scikit-learn" else f"{request.name} in {request.path}"
     say(f"{where}: {describe(data)}")
+    for caution in (*_cautions(data), *_cautions_of_sizes(request, source, data)):
+        say(f"WARNING: {caution}")
     return data
 
 
@@ -269,20 +269,21 @@ def _are_photographs(name: str, source: ClassFolders) -> bool:
 
 
 def _on_disk(request: ImageRequest, source: ClassFolders, device: torch.device) -> ImagesOnDisk:
-    preprocessing = request.preprocessing
+    preprocessing, found = request.preprocessing, source.survey
     size = request.image_size or DATASETS[request.name].native_size or PHOTOGRAPH_SIZE
     val_size = request.val_image_size or size
     return ImagesOnDisk(
         request.name,
         source.classes,
-        Photographs(source.files["train"], for_training(preprocessing, size)) if request.train else None,
-        Photographs(source.files["val"], for_validation(preprocessing, val_size)),
+        Photographs(source.files["train"], for_training(preprocessing, size), found.white) if request.train else None,
+        Photographs(source.files["val"], for_validation(preprocessing, val_size), found.white),
         size,
         val_size,
         request.batch_size,
         request.val_batch_size,
         request.workers,
         device,
+        found.digest,
     )
 
 
@@ -318,6 +319,41 @@ def describe(data: Data) -> str:
         size = "" if data.image_size == data.val_image_size else f" of {data.image_size} px"
         images = f"{data.num_train_images:,} training images{size} and {images}"
     return f"{len(data.classes):,} classes, {images}"
+
+
+def _cautions(data: Data) -> Iterator[str]:
+    """What to expect of a data set with too little in it."""
+    if len(data.classes) == 1:
+        yield (
+            "one class: whatever a network answers is right, so that its accuracy will be 100%; "
+            "put the images of each class in a folder of its own"
+        )
+    if data.train and data.num_train_images < data.batch_size:
+        yield (
+            f"training images: {data.num_train_images:,}, fewer than --batch-size {data.batch_size:,}; "
+            f"each epoch will be a single step"
+        )
+    if data.num_val_images == 1:
+        yield "one validation image: the accuracy will be 0% or 100%, and says nothing of other images"
+
+
+def _cautions_of_sizes(request: ImageRequest, source: Source, data: Data) -> Iterator[str]:
+    """What to expect where the first image's size decides, and most are of another."""
+    if DATASETS[request.name].photographs != "by size" or not isinstance(source, ClassFolders):
+        return
+    first, most = source.native_size, source.median_size
+    sizes = f"the first image, {source.first_image}, is of {first:,} px, and most are of {most:,} px or"
+    if isinstance(data, ImagesInMemory) and most >= 2 * first and (most > SMALL or not request.image_size):
+        photographs = ", pass --dataset ImageNet if they are photographs" if most > SMALL else ""
+        yield (
+            f"{sizes} more: the first decides, and all will be squeezed into squares of {data.image_size:,} px; "
+            f"remove it{photographs}, or pass --image-size"
+        )
+    if isinstance(data, ImagesOnDisk) and first >= 2 * most and most <= SMALL:
+        yield (
+            f"{sizes} less: the first decides, and all will be treated as photographs, cropped and enlarged to "
+            f"{data.image_size:,} px; remove it, or pass --dataset CIFAR10, which takes any folder as small images"
+        )
 
 
 @contextmanager

@@ -4,7 +4,9 @@ Each source knows its `classes` and its `native_size`, the side of its images (o
 pixels, and reads the split "train" or "val" as uint8 images `[N, 3, size, size]` and int64 labels `[N]`.
 """
 
+import hashlib
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -13,10 +15,15 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from engine.images.arrays import ImageArrays, as_tensors, find_arrays, read_arrays, resized
+from engine.images.arrays import ImageArrays, as_tensors, cached, find_arrays, read_arrays, resized
 from engine.images.datasets import DATA_PATH, DATASETS
-from engine.images.folders import ClassFolders, class_folders, val_folder
+from engine.images.decoding import decode_all, side
+from engine.images.folders import class_folders, class_names, image_files, val_folder
+from engine.images.survey import Survey, stamp, survey
 from engine.program.errors import UserError
+from engine.program.report import say
+
+DECODED_AS = "upright, on white"  # what is cached of class folders: with other words, it is made again
 
 
 class Source(Protocol):
@@ -57,6 +64,55 @@ def find_source(name: str, path: Path, with_train: bool, threads: int) -> Source
             f"pass the folder that holds them as --data-path"
         )
     return Torchvision(name, path)
+
+
+class ClassFolders:
+    """Image files, one folder a class (or as Tiny-ImageNet has them); `files[split]` pairs each with its label.
+
+    BadImages names those that can't be used, as far as `survey` finds them.
+    """
+
+    def __init__(self, train: Path, val: Path, with_train: bool, threads: int):
+        self.folders, self.threads = {"train": train, "val": val}, threads
+        self.classes = class_names(val)
+        self.files = {"train": image_files(train, self.classes)} if with_train else {}
+        self.files["val"] = image_files(val, self.classes, every_class=with_train)
+        if lacking := len(self.classes) - len({label for _, label in self.files["val"]}):
+            say(f"{val}: {lacking:,} of {len(self.classes):,} classes have no images")
+        self._stamps = {split: stamp(self.folders[split], files) for split, files in self.files.items()}
+        self.survey = self._look()
+
+    @property
+    def first_image(self) -> str:
+        return self.files["val"][0][0]
+
+    @cached_property
+    def native_size(self) -> int:
+        """The larger side of the first image, in pixels."""
+        return side(self.first_image)
+
+    @cached_property
+    def median_size(self) -> int:
+        """The larger side of the median image, in pixels, of about a hundred from all over the classes."""
+        files = [file for files in self.files.values() for file, _ in files]
+        sides = sorted(side(file) for file in files[:: max(1, len(files) // 100)])
+        return sides[len(sides) // 2]
+
+    def _look(self) -> Survey:
+        root = self.folders["val"].parent
+        key = hashlib.sha256(" ".join(self._stamps.values()).encode()).hexdigest()[:16]
+        kept = root / ".cache" / f"{'all' if 'train' in self.files else 'val'}-{key}.json"
+        found = survey(root, [file for files in self.files.values() for file in files], self.threads, kept)
+        for line in found.lines:
+            say(f"{root}: {line}")
+        return found
+
+    def read(self, split: str, size: int) -> tuple[Tensor, Tensor]:
+        """Images become squares of `size` px; they are decoded the first time only."""
+        folder, files, white = self.folders[split], self.files[split], self.survey.white
+        key = hashlib.sha256(f"{self._stamps[split]} {white} {DECODED_AS}".encode()).hexdigest()[:16]
+        cache = folder.parent / ".cache" / f"{folder.name}-{size}px-{key}.npz"
+        return as_tensors(*cached(cache, self.classes, lambda: decode_all(files, size, self.threads, white)))
 
 
 class ArrayFiles:

@@ -1,6 +1,7 @@
 """What is wrong, in one line. Imports no torch."""
 
 import re
+import unicodedata
 
 EXIT_WRONG_INPUT = 2
 
@@ -19,3 +20,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that this machine or its GPU has not enough memory, as Python and torch say it."""
     kinds = (RuntimeError, OSError)
     return isinstance(error, MemoryError) or (isinstance(error, kinds) and bool(OUT_OF_MEMORY.search(str(error))))
+
+
+def printable(text: str) -> str:
+    """`text` as one line, whatever the names of files in it hold; bytes that are no UTF-8 become `\\xNN`."""
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    if "\udc80" <= character <= "\udcff":  # what Python reads such a byte as
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from engine.program.errors import EXIT_WRONG_INPUT, UserError, is_out_of_memory
+from engine.program.errors import EXIT_WRONG_INPUT, UserError, is_out_of_memory, printable
 from engine.program.interruptions import INTERRUPTIONS, interruptions
 from engine.program.processes import is_first, rank
 
@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
 
     def line(self, message: str) -> str:
         """`message` as one line, whatever the paths in it hold, with the program's name before it."""
-        printable = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
+        line = printable(" ".join(message.splitlines()))
         name = self.prog if is_first() else f"{self.prog} [process {rank()}]"
-        return f"{name}: {printable if len(printable) <= MAX_LINE else printable[:MAX_LINE] + ' ...'}\n"
+        return f"{name}: {line if len(line) <= MAX_LINE else line[:MAX_LINE] + ' ...'}\n"
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

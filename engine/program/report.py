@@ -7,6 +7,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from engine.program import processes
+from engine.program.errors import printable
 
 Item = TypeVar("Item")
 
@@ -15,7 +16,7 @@ def say(line: str = "") -> None:
     """Print one line at once, also into a redirected log, without breaking a progress bar; first process only."""
     if not processes.is_first():
         return
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write("\n".join(map(printable, line.split("\n"))), file=sys.stdout)
     sys.stdout.flush()
 
 

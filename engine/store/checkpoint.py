@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -85,7 +86,7 @@ class Checkpoint:
 
     def _compare_names(self, classes: list[str], data_path: str) -> None:
         """Say aloud where the network was trained on classes of other names, or in another order."""
-        known = self.extra.get("classes", classes)
+        known = [unicodedata.normalize("NFC", name) for name in self.extra.get("classes", classes)]  # as data sets do
         if known != classes:
             i = next(i for i, (one, other) in enumerate(zip(known, classes, strict=True)) if one != other)
             say(

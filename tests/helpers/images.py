@@ -21,6 +21,11 @@ def random_image(size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 
     return Image.fromarray(values, mode)
 
 
+def write_grey(path: Path, rows: list[list[float]], dtype: str) -> None:
+    """Write one channel of values of any type."""
+    Image.fromarray(np.array(rows, dtype=dtype)).save(path)
+
+
 def load(path: Path, name: str = "folder", **options) -> Data:
     return load_data(ImageRequest(name, path, **{"batch_size": 2, "val_batch_size": 3, "workers": 0, **options}), CPU)
 
@@ -30,9 +35,13 @@ def refusal(path: Path, name: str = "folder", **options) -> str:
     return refusals.refusal(load, path, name, **options)
 
 
-def pixels(path: Path, mode: str = "RGB") -> torch.Tensor:
-    """The image `[3, H, W]` as Pillow converts it."""
-    return torch.from_numpy(np.array(Image.open(path).convert(mode))).movedim(2, 0)
+def pixels(path: Path) -> torch.Tensor:
+    """The image `[3, H, W]` as Pillow converts it, on white ground."""
+    image = Image.open(path)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255)), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).movedim(2, 0)
 
 
 def drawn(data: Data, seed: int) -> list[torch.Tensor]:

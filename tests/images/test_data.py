@@ -94,8 +94,9 @@ def test_a_palette_with_transparency_and_a_wrong_suffix(make_folders):
     palette.save(path / "train" / "cat" / "0.png", transparency=3)
     random_image(seed=1).save(path / "train" / "cat" / "1.jpg", format="PNG")
     (path / "train" / "cat" / "1.png").unlink()
+    expected = np.where(np.array(palette)[..., None] == 3, 255, np.array(palette.convert("RGB")))
     images, _ = load(path).train
-    assert torch.equal(images[0], torch.from_numpy(np.array(palette.convert("RGB"))).movedim(2, 0))
+    assert torch.equal(images[0], torch.from_numpy(expected.astype(np.uint8)).movedim(2, 0))
     assert torch.equal(images[1], torch.from_numpy(np.array(random_image(seed=1))).movedim(2, 0))
 
 
@@ -238,8 +239,9 @@ def test_a_small_image_that_does_not_decode_is_named(damage, split, make_folders
 def test_a_photograph_that_does_not_decode_is_named_once_it_is_met(damage, workers, split, make_folders):
     path = make_folders(size=PHOTO, suffix="jpg")
     file = path / split / "dog" / "1.jpg"
-    file.write_bytes(damage(file.read_bytes()))
     data = load(path, image_size=16, workers=workers)
+    file.write_bytes(damage(file.read_bytes()))
+    assert refusal(path, workers=workers).startswith(f"{file}: does not decode as an image (")  # at the next start
     with pytest.raises(UserError) as caught:
         list(data.train_batches(0) if split == "train" else data.val_batches())
     assert str(caught.value).startswith(f"{file}: does not decode as an image (")
