@@ -3,6 +3,7 @@
 import argparse
 
 from engine.program.arguments import (
+    Parser,
     add_data_arguments,
     add_machine_arguments,
     add_run_arguments,
@@ -11,7 +12,6 @@ from engine.program.arguments import (
     positive_float,
     positive_int,
 )
-from engine.program.launch import Parser
 
 DESCRIPTION = """\
 Grid search over compound scaling: train MicroNet(d^phi, w^phi) for every pair of depth and width multipliers.

@@ -6,10 +6,8 @@ ImageNet and its like stay on disk, and worker processes decode them.
 
 import hashlib
 import os
-import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +25,7 @@ from engine.images.preprocessing import Transform, for_training, for_validation
 from engine.images.sources import Source, find_source
 from engine.program import processes
 from engine.program.errors import UserError
+from engine.program.interruptions import signals_held
 from engine.program.report import say
 from model.registry import OF_CIFAR_NETWORKS, Preprocessing
 
@@ -200,7 +199,7 @@ class ImagesOnDisk:
         )
 
     def _on_device(self, loader: DataLoader) -> Batches:
-        with _signals_held():
+        with signals_held():
             batches = iter(loader)
         for batch in batches:
             if isinstance(batch, UserError):
@@ -314,23 +313,3 @@ def describe(data: Data) -> str:
         size = "" if data.image_size == data.val_image_size else f" of {data.image_size} px"
         images = f"{data.num_train_images:,} training images{size} and {images}"
     return f"{len(data.classes):,} classes, {images}"
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Defer SIGINT and SIGTERM until the block ends; worker processes started inside ignore SIGINT.
-
-    An exception that a signal's handler raises in the middle of a fork would be lost.
-    """
-    held = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in handlers:
-        signal.signal(number, lambda *arguments: held.append(arguments))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for arguments in held[:1]:
-            handlers[arguments[0]](*arguments)

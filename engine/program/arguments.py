@@ -1,13 +1,39 @@
-"""Arguments that several programs share, and their types. Imports no torch."""
+"""The parser of a command line, arguments that several programs share, and their types. Imports no torch."""
 
 import argparse
 import math
 
 from engine.images.datasets import DATA_PATH, DATASETS, MAX_IMAGE_SIZE
-from engine.program.launch import Parser
+from engine.program.errors import EXIT_WRONG_INPUT
+from engine.program.processes import is_first, rank
 
+MAX_LINE = 2000  # characters; what is said may quote files from anywhere
 MAX_INT = 2**31 - 1
 MAX_WORKERS = 1024
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help shows every default that there is."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        line = self.line(f"error: {message} (see {self.prog} --help)")
+        self.exit(EXIT_WRONG_INPUT, line if is_first() else None)
+
+    def line(self, message: str) -> str:
+        """`message` as one line, whatever the paths in it hold, with the program's name before it."""
+        printable = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
+        name = self.prog if is_first() else f"{self.prog} [process {rank()}]"
+        return f"{name}: {printable if len(printable) <= MAX_LINE else printable[:MAX_LINE] + ' ...'}\n"
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False and action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _number(convert, accept, wanted: str):

@@ -42,3 +42,23 @@ def interruptions() -> Iterator[list[int]]:
         sys.unraisablehook = unraisable
         for number in wanted:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Defer SIGINT and SIGTERM until the block ends; worker processes started inside ignore SIGINT.
+
+    An exception that a signal's handler raises in the middle of a fork would be lost.
+    """
+    held = []
+    handlers = {number: signal.getsignal(number) for number in INTERRUPTIONS}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for arguments in held[:1]:
+            handlers[arguments[0]](*arguments)

@@ -15,8 +15,9 @@ import engine.program.launch
 import model_compound_scaling.training
 from engine.evaluation import Evaluation
 from engine.images.batches import ImageRequest, load_data
+from engine.program.arguments import Parser
 from engine.program.errors import UserError
-from engine.program.launch import Parser, launch
+from engine.program.launch import launch
 from engine.store.checkpoint import read
 from engine.store.files import UNFINISHED, hold, write_whole
 from helpers import ROOT
@@ -112,7 +113,9 @@ def files_name() -> str:
 
 
 def test_a_run_belongs_to_one_process_until_that_dies(holder, tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path}: process {holder.pid} on .* is working on this run; wait for its end"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}: process {holder.pid} on .* is working on this run; wait for its end"
+    ):
         hold(tmp_path / "lock")
     holder.send_signal(signal.SIGKILL)
     holder.wait()
