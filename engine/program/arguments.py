@@ -2,10 +2,11 @@
 
 import argparse
 import math
+import sys
 
 from engine.images.datasets import DATA_PATH, DATASETS, MAX_IMAGE_SIZE
 from engine.program.errors import EXIT_WRONG_INPUT
-from engine.program.processes import is_first, rank
+from engine.program.processes import place
 
 MAX_LINE = 2000  # characters; what is said may quote files from anywhere
 MAX_INT = 2**31 - 1
@@ -19,13 +20,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        line = self.line(f"error: {message} (see {self.prog} --help)")
-        self.exit(EXIT_WRONG_INPUT, line if is_first() else None)
+        line = f"error: {message} (see {self.prog} --help)"
+        self.end(EXIT_WRONG_INPUT, line, cause=line)
 
-    def line(self, message: str) -> str:
+    def end(self, code: int, line: str | None, cause: str | None):
+        """Exit, with a line on stderr; of several processes that end for the same `cause` one says it."""
+        here = place()
+        if here is None:
+            self.exit(code, line and self.line(line))
+        from engine import meeting  # not before: it imports torch
+
+        meeting.end(code, cause, lambda: line and self._print_message(self.line(line, here.rank), sys.stderr))
+
+    def line(self, message: str, process: int = 0) -> str:
         """`message` as one line, whatever the paths in it hold, with the program's name before it."""
         printable = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
-        name = self.prog if is_first() else f"{self.prog} [process {rank()}]"
+        name = f"{self.prog} [process {process}]" if process else self.prog
         return f"{name}: {printable if len(printable) <= MAX_LINE else printable[:MAX_LINE] + ' ...'}\n"
 
 

@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import sys
+import traceback
 from contextlib import suppress
 
 from engine.program.arguments import Parser
-from engine.program.errors import EXIT_WRONG_INPUT, UserError, is_out_of_memory
-from engine.program.interruptions import INTERRUPTIONS, interruptions
+from engine.program.errors import EXIT_LOST, EXIT_WRONG_INPUT, UserError, is_out_of_memory
+from engine.program.interruptions import INTERRUPTIONS, end_where_stuck, interruptions
+from engine.program.processes import place
 
 EXIT_BUG = EXIT_OUT_OF_MEMORY = 1
 EXIT_NOBODY_READS = 128 + signal.SIGPIPE
@@ -21,38 +23,75 @@ TOO_SMALL = re.compile(r"Kernel size can.t be greater than actual input|Expected
 def launch(parser: Parser, program: str) -> None:
     """Parse the command line, call `run(args)` of the module `program`, and exit with the right code.
 
-    0 done; 2 the user's input, or a file on this machine, is wrong; 1 out of memory (one line on stderr each), or,
-    with a traceback, a bug; 130 interrupted, 143 terminated; 141 nobody reads the output any more (`| head`).
+    0 done; 2 the user's input, or a file on this machine, is wrong; 1 out of memory or another process lost (one line
+    on stderr each), or, with a traceback, a bug; 130 interrupted, 143 terminated; 141 nobody reads the output any more
+    (`| head`). Of several processes one says why they end, and all have its code.
     """
+    try:
+        several = place() is not None
+    except UserError as error:
+        parser.exit(EXIT_WRONG_INPUT, parser.line(f"error: {error}"))
+    if several:  # torch's own accounts of a lost process are tracebacks
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     args = parser.parse_args()
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    code = 0
     with interruptions() as caught:
+        if several:
+            end_where_stuck(lambda number: parser.end(*_interruption(number, args)))
         try:
-            code, line = importlib.import_module(program).run(args), None
+            importlib.import_module(program).run(args)
         except BaseException as error:
             if caught or isinstance(error, KeyboardInterrupt):  # whatever it became on its way up
-                code, line = _interruption(caught[0] if caught else signal.SIGINT, args)
+                code, line, cause = _interruption(caught[0] if caught else signal.SIGINT, args)
+            elif several and _is_lost(error):
+                code, line, cause = EXIT_LOST, f"error: another process is lost ({_text(error)}){_go_on(args)}", None
             else:
                 code, line = _ending(error, args)
+                cause = line
                 if code == EXIT_BUG and not line:
+                    if several:
+                        _end_with_traceback(error)
                     raise
                 if isinstance(error, OSError) and error.filename is None:  # perhaps the console took no more
                     with suppress(OSError):  # for what Python flushes on exit
                         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    parser.exit(code, line and parser.line(line))
+    if code:
+        parser.end(code, line, cause)
+    parser.exit()
 
 
-def _interruption(number: int, args: argparse.Namespace) -> tuple[int, str]:
-    line = INTERRUPTIONS[number]
+def _interruption(number: int, args: argparse.Namespace) -> tuple[int, str, None]:
+    """Exit code, line, and no cause: where several processes end, the one that failed or was told to end says why."""
+    return 128 + number, INTERRUPTIONS[number] + _go_on(args), None
+
+
+def _go_on(args: argparse.Namespace) -> str:
     if hasattr(args, "no_resume"):
-        line += "; the same command, without --no-resume, continues after the last whole epoch"
-    return 128 + number, line
+        return "; the same command, without --no-resume, continues after the last whole epoch"
+    return ""
+
+
+def _is_lost(error: BaseException) -> bool:
+    from engine import meeting  # not before: it imports torch
+
+    return meeting.is_lost(error)
+
+
+def _end_with_traceback(error: BaseException) -> None:
+    from engine import meeting
+
+    meeting.end(EXIT_BUG, repr(error), lambda: traceback.print_exception(error))
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str | None]:
     """The exit code that an error leads to, and the line that says what to do; no line where it is a bug."""
-    text = " ".join(str(error).split())[:200]
+    text = _text(error)
     if isinstance(error, UserError):
         return EXIT_WRONG_INPUT, f"error: {error}"
     if is_out_of_memory(error):
