@@ -82,10 +82,11 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
     """Take the GPUs if wanted and there, else the CPU, and say which; `amp` as `--amp`."""
     on_gpu = cuda and torch.cuda.is_available()
     if processes.world_size() > 1:
-        device = distributed.join(on_gpu)
+        device = distributed.own_device(on_gpu)
+        fastest = distributed.join(device, amp, fastest_arithmetic(device))
     else:
         device = torch.device("cuda" if on_gpu else "cpu")
-    fastest = fastest_arithmetic(device)
+        fastest = fastest_arithmetic(device)
     amp = fastest if amp == "auto" else amp
     if on_gpu and compile and processes.world_size() == 1 and torch.cuda.device_count() > 1:
         raise UserError(
@@ -113,6 +114,7 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
 def fastest_arithmetic(device: torch.device) -> str:
     """What `--amp auto` means on `device`: bf16 where the hardware has it, fp16 on older GPUs, else off."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        used = range(torch.cuda.device_count()) if device.index is None else [device.index]
+        return "bf16" if torch.version.hip or all(torch.cuda.get_device_capability(i)[0] >= 8 for i in used) else "fp16"
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if any(capabilities.get(name) for name in BF16_CAPABILITIES) else "off"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.program.arguments import (
+    Parser,
     add_data_arguments,
     add_machine_arguments,
     add_run_arguments,
@@ -13,7 +14,6 @@ from engine.program.arguments import (
     positive_float,
     positive_int,
 )
-from engine.program.launch import Parser
 
 DESCRIPTION = """\
 Grid search over compound scaling: train MicroNet(d^phi, w^phi) for every pair of depth and width multipliers.

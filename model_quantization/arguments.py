@@ -4,6 +4,7 @@ import argparse
 import re
 
 from engine.program.arguments import (
+    Parser,
     add_data_arguments,
     add_machine_arguments,
     add_run_arguments,
@@ -16,7 +17,6 @@ from engine.program.arguments import (
     positive_share,
     switch,
 )
-from engine.program.launch import Parser
 from engine.program.network_flags import add_model_arguments
 
 FP_MODELS = "model_quantization/trained_fp_models"

@@ -1,13 +1,13 @@
 """The command line of `run_scoring.py`."""
 
 from engine.program.arguments import (
+    Parser,
     add_data_arguments,
     add_machine_arguments,
     positive_int,
     positive_share,
     switch,
 )
-from engine.program.launch import Parser
 from engine.program.network_flags import add_model_arguments
 from rulers import RULERS
 

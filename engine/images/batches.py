@@ -5,14 +5,11 @@ ImageNet and its like stay on disk, and worker processes decode them.
 """
 
 import hashlib
-import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from engine.images.preprocessing import Transform, for_training, for_validation
 from engine.images.sources import ClassFolders, Source, find_source
 from engine.program import processes
 from engine.program.errors import UserError
+from engine.program.interruptions import signals_held
 from engine.program.report import say
 from model.registry import OF_CIFAR_NETWORKS, Preprocessing
 
@@ -197,7 +195,7 @@ class ImagesOnDisk:
         )
 
     def _on_device(self, loader: DataLoader[Any]) -> Batches:
-        with _signals_held():
+        with signals_held():
             batches = iter(loader)
         for batch in batches:
             if isinstance(batch, BadImages):
@@ -354,23 +352,3 @@ def _cautions_of_sizes(request: ImageRequest, source: Source, data: Data) -> Ite
             f"{sizes} less: the first decides, and all will be treated as photographs, cropped and enlarged to "
             f"{data.image_size:,} px; remove it, or pass --dataset CIFAR10, which takes any folder as small images"
         )
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Defer SIGINT and SIGTERM until the block ends; worker processes started inside ignore SIGINT.
-
-    An exception that a signal's handler raises in the middle of a fork would be lost.
-    """
-    held: list[tuple[int, FrameType | None]] = []
-    present = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in present.items() if callable(handler)}
-    for number in handlers:
-        signal.signal(number, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for caught, frame in held[:1]:
-            handlers[signal.Signals(caught)](caught, frame)

@@ -1,17 +1,59 @@
-"""Arguments that several programs share, and their types. Imports no torch."""
+"""The parser of a command line, arguments that several programs share, and their types. Imports no torch."""
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from engine.images.datasets import DATA_PATH, DATASETS, MAX_IMAGE_SIZE
-from engine.program.launch import Parser
+from engine.program.errors import EXIT_WRONG_INPUT, printable
+from engine.program.processes import place
 
+MAX_LINE = 2000  # characters; what is said may quote files from anywhere
 MAX_INT = 2**31 - 1
 MAX_WORKERS = 1024
 
 Number = TypeVar("Number", int, float)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help shows every default that there is."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        line = f"error: {message} (see {self.prog} --help)"
+        self.end(EXIT_WRONG_INPUT, line, cause=line)
+
+    def end(self, code: int, line: str | None, cause: str | None) -> NoReturn:
+        """Exit, with a line on stderr; of several processes that end for the same `cause` one says it."""
+        here = place()
+        if here is None:
+            self.exit(code, line and self.line(line))
+        from engine.program import meeting  # not before: it imports torch
+
+        rank = here.rank
+
+        def say_it() -> None:
+            if line:
+                print(self.line(line, rank), end="", file=sys.stderr)  # noqa: T201
+
+        meeting.end(here, code, cause, say_it)
+
+    def line(self, message: str, process: int = 0) -> str:
+        """`message` as one line, whatever the paths in it hold, with the program's name before it."""
+        line = printable(" ".join(message.splitlines()))
+        name = f"{self.prog} [process {process}]" if process else self.prog
+        return f"{name}: {line if len(line) <= MAX_LINE else line[:MAX_LINE] + ' ...'}\n"
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or (action.default is False and action.nargs == 0):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _number(convert: Callable[[str], Number], accept: Callable[[Number], bool], wanted: str) -> Callable[[str], Number]:

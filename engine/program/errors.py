@@ -4,6 +4,7 @@ import re
 import unicodedata
 
 EXIT_WRONG_INPUT = 2
+EXIT_LOST = 1
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can.t allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED|"
@@ -14,6 +15,10 @@ OUT_OF_MEMORY = re.compile(
 
 class UserError(Exception):
     """The user's input is wrong. The message is one line: what is wrong, where, and what to do."""
+
+
+class PeerLost(Exception):
+    """Another of several processes is gone, or failed and says why."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

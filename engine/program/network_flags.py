@@ -2,9 +2,8 @@
 
 import argparse
 
-from engine.program.arguments import nonnegative_float, positive_float
+from engine.program.arguments import Parser, nonnegative_float, positive_float
 from engine.program.errors import UserError
-from engine.program.launch import Parser
 from model import ROWS
 from model.registry import MAX_MULTIPLIER, Spec
 

@@ -48,7 +48,7 @@ def script(body: str, folder: Path, resumable: bool = False) -> str:
     (folder / "program.py").write_text(f"from engine.program.errors import UserError\n\ndef run(args):\n    {body}\n")
     (folder / "x.py").write_text(
         f"import sys; sys.path.append({str(ROOT)!r})\n"
-        f"from engine.program.arguments import add_run_arguments\nfrom engine.program.launch import Parser, launch\n"
+        f"from engine.program.arguments import Parser, add_run_arguments\nfrom engine.program.launch import launch\n"
         f"parser = Parser(prog='x')\n"
         f"{resumable} and add_run_arguments(parser, 'runs')\n"
         f"launch(parser, 'program')\n"

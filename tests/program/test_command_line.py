@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from engine.program import arguments
-from engine.program.launch import EXIT_NOBODY_READS, Parser
+from engine.program.arguments import Parser
+from engine.program.launch import EXIT_NOBODY_READS
 from engine.store.checkpoint import network_content, save
 from helpers.networks import TINY
 from helpers.programs import PROGRAMS, run_apart, run_here, script, start

@@ -15,8 +15,9 @@ import engine.program.launch
 import model_compound_scaling.training
 from engine.evaluation import Evaluation
 from engine.images.batches import ImageRequest, load_data
+from engine.program.arguments import Parser
 from engine.program.errors import UserError
-from engine.program.launch import Parser, launch
+from engine.program.launch import launch
 from engine.store.checkpoint import read
 from engine.store.files import UNFINISHED, hold, write_whole
 from helpers import ROOT
