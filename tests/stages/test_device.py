@@ -52,9 +52,12 @@ def test_compiling_for_several_gpus_needs_torchrun(gpus):
     assert device.choose_machine(cuda=True, compile=True).compile
 
 
+AMONG_TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     gpus(1)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+    for name, value in {**AMONG_TWO, "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"2 or more processes on a machine with 1 GPU\(s\)"):
         device.choose_machine(cuda=True)

@@ -78,7 +78,7 @@ def test_stages_run_under_torchrun_and_one_process_speaks(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert sum("2 processes" in line for line in lines) == sum("Best by accuracy" in line for line in lines) == 1
+    assert sum("Running on the CPU" in line for line in lines) == sum("Best by accuracy" in line for line in lines) == 1
     (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
     history = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     epochs = [(record["phase"], record["epoch"]) for record in history]
@@ -99,37 +99,59 @@ def test_scaling_walks_its_grid_under_torchrun(tmp_path):
 
 
 def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    first_of_two(monkeypatch)
     with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
         load_data(ImageRequest("digits", DATA_PATH, batch_size=15), torch.device("cpu"))
     load_data(ImageRequest("digits", DATA_PATH, batch_size=15, train=False), torch.device("cpu"))
 
 
+def first_of_two(monkeypatch) -> list[str]:
+    """Let this be the first of two processes that never wait for each other; a list of when they would."""
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    waited: list[str] = []
+    monkeypatch.setattr(distributed, "barrier", lambda: waited.append("waited"))
+    return waited
+
+
 def test_the_first_process_reads_first(monkeypatch):
     """What it downloads or decodes, the others find."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    order = []
-    monkeypatch.setattr(distributed, "broadcast", lambda value: order.append("told") or True)
+    order = first_of_two(monkeypatch)
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         with distributed.first_process_first():
             order.append(rank)
-    assert order == ["0", "told", "told", "1"]
+    assert order == ["0", "waited", "waited", "1"]
 
 
-def test_what_fails_in_the_first_process_ends_the_others_in_silence(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    told = []
-    monkeypatch.setattr(distributed, "broadcast", lambda value: told.append(value) or False)
-    monkeypatch.setenv("RANK", "0")
+def test_where_the_first_process_fails_it_does_not_wait(monkeypatch):
+    waited = first_of_two(monkeypatch)
     with pytest.raises(UserError, match="no such folder"), distributed.first_process_first():
         raise UserError("no such folder")
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as end, distributed.first_process_first():
-        pytest.fail("reads what the first process could not")
-    assert told == [False, None] and end.value.code == 2 and capsys.readouterr() == ("", "")
+    assert waited == []
+
+
+WRONG_ENVIRONMENTS = [
+    ({"MASTER_ADDR": ""}, "MASTER_ADDR is ''"),
+    ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+    ({"MASTER_PORT": "70000"}, "MASTER_PORT is '70000'"),
+    ({"RANK": "2"}, "RANK is '2'"),
+    ({"RANK": "-1"}, "RANK is '-1'"),
+    ({"RANK": ""}, "RANK is ''"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+    ({"LOCAL_RANK": "9"}, "LOCAL_RANK is '9'"),
+]
+
+
+@pytest.mark.parametrize("changed, said", WRONG_ENVIRONMENTS)
+def test_wrong_environments_are_one_line(changed, said):
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} | changed
+    command = [sys.executable, "run_scoring.py", "--t-model", "x.pt"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert said in done.stderr and "start them with torchrun" in done.stderr
 
 
 @pytest.mark.parametrize("environment, said", [({"RANK": "3"}, 1), ({"RANK": "3", "WORLD_SIZE": "4"}, 0)])
