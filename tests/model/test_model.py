@@ -9,7 +9,8 @@ from torch import nn
 
 import model.identify
 from model import ROWS, build
-from model.identify import expected_state_dict, mismatches, nearest
+from model.fit import mismatches
+from model.identify import expected_state_dict, nearest
 from model.micronet import LAYOUTS, scale_depth, scale_width
 from model.selection import is_ternary, pruning_candidates, ternary_candidates
 
@@ -120,7 +121,7 @@ def test_width_is_near_and_never_10_percent_below():
     for channels in (16, 24, 32, 40, 64, 80, 112, 192, 320):
         for multiplier in torch.linspace(0.5, 4, 200).tolist():
             scaled = scale_width(channels, multiplier)
-            assert scaled % 8 == 0 and 0.9 <= scaled / (channels * multiplier) and scaled - channels * multiplier <= 8
+            assert scaled % 8 == 0 and scaled / (channels * multiplier) >= 0.9 and scaled - channels * multiplier <= 8
 
 
 # ------------------------------------------------------------------------------------- what the networks compute
