@@ -52,17 +52,15 @@ def fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Fit:
     prefix, claimed, rivals = _best_prefix(expected, found)
     targets = {name: target for target, name in claimed.items()}
     wrapped = bool(prefix) or all(name != target for name, target in targets.items())
-    tensors, names, changes, left, counters = (
-        OrderedDict(),
-        {},
-        {f"{prefix!r} stripped": None} if prefix else {},
-        [],
-        [],
-    )
+    tensors: OrderedDict[str, Tensor] = OrderedDict()
+    names: dict[str, str] = {}
+    changes: dict[str, None] = {f"{prefix!r} stripped": None} if prefix else {}
+    left: list[str] = []
+    counters: list[str] = []
     for name, tensor in found.items():
         rest = _within(name, prefix)
-        target = targets.get(name) or (rest and _free(rest, expected, claimed))
-        if rest is None or (wrapped and target == name and name not in expected):
+        target = targets.get(name) or (_free(rest, expected, claimed) if rest else rest)
+        if rest is None or target is None or (wrapped and target == name and name not in expected):
             left.append(name)
         elif target not in expected and target.rpartition(".")[2] in COUNTERS:
             counters.append(name)
@@ -104,7 +102,7 @@ def first(differences: list[str]) -> str:
     return differences[0] + more
 
 
-def _best_prefix(expected: Mapping, found: Mapping) -> tuple[str, dict[str, str], list[str]]:
+def _best_prefix(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[str, dict[str, str], list[str]]:
     """The prefix under which most expected names are; the names in the file by expected ones; prefixes as good.
 
     It is "", unless another makes half of the expected names fit, and more than fit without.
@@ -143,7 +141,7 @@ def _within(name: str, prefix: str) -> str | None:
     return dict(_splits(name)).get(prefix)
 
 
-def _free(rest: str, expected: Mapping, claimed: Mapping) -> str:
+def _free(rest: str, expected: Mapping[str, object], claimed: Mapping[str, object]) -> str:
     """What a tensor is called that is none of the network's, or has another shape."""
     if rest in expected or any(part in WRAPPERS for name in expected for part in name.split(".")):
         return rest
@@ -161,23 +159,23 @@ def _follows(prefix: str) -> bool:
     return any(part in prefix for part in AVERAGES)
 
 
-def _keep_versions(found: Mapping, tensors: OrderedDict, names: Mapping[str, str]) -> None:
+def _keep_versions(found: Mapping[str, object], tensors: OrderedDict[str, Tensor], names: Mapping[str, str]) -> None:
     """Give `tensors` the versions of modules that `found` has, whose names are `names` by the network's names."""
     if not (versions := getattr(found, "_metadata", None)):
         return
-    tensors._metadata = {}
+    kept = vars(tensors)["_metadata"] = {}
     for target, name in names.items():
         ours, theirs = target.split("."), name.split(".")
         while ours and theirs and ours.pop() == theirs.pop():
             module = ".".join(theirs)
             if module in versions:
-                tensors._metadata[".".join(ours)] = versions[module]
+                kept[".".join(ours)] = versions[module]
 
 
 def _renaming(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """Say the renaming of modules that would make all names fit; empty if none does."""
     missing, surplus = _modules(expected, found), _modules(found, expected)
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for shapes in dict.fromkeys(missing.values()):
         ours, theirs = ([m for m, own in modules.items() if own == shapes] for modules in (missing, surplus))
         if len(ours) != len(theirs):
@@ -185,14 +183,16 @@ def _renaming(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> st
         pairs += zip(theirs, ours, strict=True)
     if not pairs or len(pairs) != len(surplus) or mismatches(expected, _renamed(found, dict(pairs))):
         return ""
-    theirs = [name for m, _ in pairs for name in _lacking(found, expected) if _module(name) == m]
-    ours = [name for _, m in pairs for name in _lacking(expected, found) if _module(name) == m]
+    theirs, ours = [f"{m}.*" for m, _ in pairs], [f"{m}.*" for _, m in pairs]
     return f"{_listed(theirs)} {'are' if len(theirs) > 1 else 'is'} named {_listed(ours)} in this network: rename them"
 
 
-def _modules(tensors: Mapping[str, Tensor], others: Mapping) -> dict[str, tuple]:
+Named = tuple[str, tuple[int, ...]]  # a tensor's name in its module, and its shape
+
+
+def _modules(tensors: Mapping[str, Tensor], others: Mapping[str, object]) -> dict[str, tuple[Named, ...]]:
     """The modules with names that `others` lacks: names within them, and shapes."""
-    modules: dict[str, list] = {}
+    modules: dict[str, list[Named]] = {}
     for name in _lacking(tensors, others):
         modules.setdefault(_module(name), []).append((name.rpartition(".")[2], tuple(tensors[name].shape)))
     return {module: tuple(sorted(shapes)) for module, shapes in modules.items()}
@@ -210,7 +210,7 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _lacking(names: Mapping, others: Mapping) -> list[str]:
+def _lacking(names: Mapping[str, object], others: Mapping[str, object]) -> list[str]:
     return [name for name in names if name not in others and not name.endswith("num_batches_tracked")]
 
 

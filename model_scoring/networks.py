@@ -48,7 +48,7 @@ def _load(state_dict: dict[str, Tensor], network: nn.Module, path: Path) -> None
     """Load tensors that fit, as of the versions of modules that the file tells, or else of today's."""
     if not hasattr(state_dict, "_metadata"):
         state_dict = OrderedDict(state_dict)
-        state_dict._metadata = network.state_dict()._metadata
+        vars(state_dict)["_metadata"] = vars(network.state_dict())["_metadata"]
     try:
         network.load_state_dict(state_dict, strict=False)
     except (RuntimeError, ValueError) as error:  # a network's own code may refuse what fits

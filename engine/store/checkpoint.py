@@ -173,7 +173,7 @@ def read(path: Path) -> Content:
         if not content:
             raise UserError(f"{path}: holds Python objects ({names}), and no tensors; {_another(path)}")
         say(f"{path}: skipped what is neither tensors nor plain values, nothing of it is executed ({names})")
-    return content
+    return dict(content) if type(content) is not OrderedDict else content
 
 
 def _damage(path: Path, error: Exception) -> str:
@@ -302,7 +302,7 @@ def _own_tensors(value: Mapping[Any, Any]) -> dict[str, Tensor] | None:
         return None
     tensors = OrderedDict((name, value[name]) for name in named)
     if hasattr(value, "_metadata"):
-        tensors._metadata = value._metadata
+        vars(tensors)["_metadata"] = value._metadata
     return tensors
 
 

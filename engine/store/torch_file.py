@@ -21,9 +21,9 @@ import sys
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
@@ -74,13 +74,15 @@ class _TakesItems(type):
     __hash__ = type.__hash__
 
 
-class Inert(list, metaclass=_TakesItems):
+class Inert(list[object], metaclass=_TakesItems):
     """In the place of an object whose class is not read: it takes whatever a pickle does to it, and does nothing.
 
     What was put into it by key or in order is kept: subclasses of dict and list are read as plain ones.
     """
 
-    __eq__, __hash__ = object.__eq__, object.__hash__
+    items: dict[object, object]
+    __eq__: Any = object.__eq__
+    __hash__: ClassVar[Any] = object.__hash__
 
     def __new__(cls, *_: object, **__: object) -> "Inert":
         made = super().__new__(cls)
@@ -114,7 +116,7 @@ def load(path: Path) -> tuple[object, list[str]]:
             file.seek(0)
             for _ in range(LEGACY_PICKLES):
                 _check_names(file, names)
-    known = [*names.items(), ("builtins.bytes", _no_bytes)]
+    known: list[tuple[str, Callable[..., Any]]] = [*names.items(), ("builtins.bytes", _no_bytes)]
     inert = torch.serialization.safe_globals([(kind, name) for name, kind in known])
     with inert, warnings.catch_warnings(action="ignore"):  # of odd pickles; what matters becomes an error
         try:
@@ -195,13 +197,13 @@ def _is_skipped(value: object) -> bool:
     return isinstance(value, Inert) and not value and not value.items
 
 
-def _with_versions(copied: dict, source: dict) -> dict:
+def _with_versions(copied: dict[Any, Any], source: dict[Any, Any]) -> dict[Any, Any]:
     """`copied` with the versions of a network's modules that a state dict has in its `_metadata`, if any."""
     metadata = getattr(source, "_metadata", None)
-    if type(metadata) not in (dict, OrderedDict):
+    if not isinstance(metadata, dict) or type(metadata) not in (dict, OrderedDict):
         return copied
     copied = OrderedDict(copied)
-    copied._metadata = {
+    vars(copied)["_metadata"] = {
         name: {"version": told["version"]}
         for name, told in metadata.items()
         if type(name) is str and isinstance(told, dict) and type(told.get("version")) is int

@@ -158,7 +158,7 @@ def test_the_renaming_that_would_fit_is_said(spec, prefix, tmp_path):
     )  # fmt: skip
     classifier = {"cifar_micronet": ("fc", "linear")}.get(spec["name"], ("classifier.1", "_fc"))
     said = refusal(tmp_path / "x.pt")
-    assert " in this network: rename them" in said and f"{classifier[0]}.weight" in said and "are named" in said
+    assert " in this network: rename them" in said and f"{classifier[0]}.*" in said and f"{classifier[1]}.*" in said
 
 
 def test_a_renaming_that_would_not_fit_is_not_said(tensors, tmp_path):
