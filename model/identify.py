@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeGuard
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model import ROWS, build, named
+from model.fit import Fit, first, fit, mismatches, unwrapped
 from model.registry import Row, Spec
 
 
@@ -17,8 +18,8 @@ class OtherNetwork(ValueError):
     """A file holds another network than the one that is wanted."""
 
 
-def identify(state_dict: Mapping[str, Tensor], stated: object = None, wanted: Spec | None = None) -> Spec:
-    """The spec of the network that `state_dict` belongs to.
+def identify(state_dict: Mapping[str, Tensor], stated: object = None, wanted: Spec | None = None) -> tuple[Spec, Fit]:
+    """The spec of the network that `state_dict` belongs to, and the tensors by that network's names.
 
     Args:
         stated: what the file says of its network; anything but a whole spec is other programs' business.
@@ -30,15 +31,16 @@ def identify(state_dict: Mapping[str, Tensor], stated: object = None, wanted: Sp
     spec: Spec | None
     if is_spec(stated):
         spec = dict(stated)
-        _check_stated(spec, state_dict)
+        fitted = _fit_stated(spec, state_dict)
     else:
         spec, differences = nearest(state_dict)
         if spec is None or differences:
-            hint = f"; nearest is {describe(spec)}, but {_first(differences)}" if spec else ""
+            hint = f"; nearest is {describe(spec)}, but {first(differences)}" if spec else ""
             raise ValueError(f"the tensors fit none of the known networks ({', '.join(ROWS)}){hint}")
+        fitted = fit(expected_state_dict(spec), state_dict)
     if wanted:
-        check_wanted(wanted, spec, state_dict)
-    return spec
+        check_wanted(wanted, spec, fitted.tensors)
+    return spec, fitted
 
 
 def is_spec(stated: object) -> TypeGuard[Spec]:
@@ -71,20 +73,48 @@ def check_wanted(wanted: Spec, spec: Spec, state_dict: Mapping[str, Tensor]) -> 
 def nearest(state_dict: Mapping[str, Tensor]) -> tuple[Spec | None, list[str]]:
     """Return the spec whose names and shapes come closest to `state_dict`, None if none does, and how they differ.
 
-    Multipliers of MicroNet are the shortest decimals that give the same blocks and channels. Counters of
-    BatchNorm (`num_batches_tracked`), which old files lack, do not matter.
+    Multipliers of MicroNet are the shortest decimals that give the same blocks and channels. What `fit` mends is no
+    difference, and counters of BatchNorm (`num_batches_tracked`), which old files lack, do not matter.
     """
     best: tuple[Spec | None, list[str]] = None, []
     for row in ROWS.values():
-        spec = _guess(row, state_dict)
-        if spec is None:
+        for spec in _guesses(row, state_dict):
+            differences = fit(expected_state_dict(spec), state_dict).differences
+            if not differences:
+                return spec, []
+            if best[0] is None or len(differences) < len(best[1]):
+                best = spec, differences
+    return best if best[0] else _nearest_renamed(state_dict)
+
+
+def _guesses(row: Row, state_dict: Mapping[str, Tensor]) -> Iterator[Spec]:
+    """Specs of the network `row`, one for each prefix under which the state dict has its classifier."""
+    classifier, tried = row.fingerprint.classifier, set()
+    for name in [name for name in state_dict if unwrapped(name).endswith(classifier)][:8]:
+        prefix = unwrapped(name).removesuffix(classifier)
+        if prefix in tried or (prefix and not prefix.endswith(".")):
             continue
-        differences = mismatches(expected_state_dict(spec), state_dict)
-        if not differences:
-            return spec, []
-        if best[0] is None or len(differences) < len(best[1]):
-            best = spec, differences
-    return best
+        tried.add(prefix)
+        names = ((unwrapped(name), tensor) for name, tensor in state_dict.items())
+        inside = {name.removeprefix(prefix): tensor for name, tensor in names if name.startswith(prefix)}
+        if spec := _guess(row, inside):
+            yield spec
+
+
+def _nearest_renamed(state_dict: Mapping[str, Tensor]) -> tuple[Spec | None, list[str]]:
+    """As `nearest`, of a state dict that would fit if its classifier, and perhaps other modules, had other names."""
+    matrices = [name for name, tensor in state_dict.items() if tensor.ndim == 2 and name.endswith("weight")]
+    for row in ROWS.values() if matrices else ():
+        last, classifier = matrices[-1].removesuffix("weight"), row.fingerprint.classifier.removesuffix("weight")
+        renamed = {
+            unwrapped(classifier + name.removeprefix(last) if name.startswith(last) else name): tensor
+            for name, tensor in state_dict.items()
+        }
+        if spec := _guess(row, renamed):
+            fitted = fit(expected_state_dict(spec), state_dict)
+            if fitted.renaming:
+                return spec, fitted.differences
+    return None, []
 
 
 def expected_state_dict(spec: Spec) -> dict[str, Tensor]:
@@ -93,34 +123,15 @@ def expected_state_dict(spec: Spec) -> dict[str, Tensor]:
         return build(spec).state_dict()
 
 
-def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Say how the names and shapes of two state dicts differ, a phrase each; empty if they do not."""
-
-    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-    def lacking(names: Mapping[str, object], others: Mapping[str, object]) -> list[str]:
-        return [name for name in names if name not in others and not name.endswith("num_batches_tracked")]
-
-    wanted, given = shapes(expected), shapes(found)
-    missing = [f"{name} is missing" for name in lacking(wanted, given)]
-    surplus = [f"{name} is not of this network" for name in lacking(given, wanted)]
-    other = [
-        f"{name} is {_shape(given[name])} where {_shape(wanted[name])} is needed"
-        for name in wanted
-        if name in given and given[name] != wanted[name]
-    ]
-    return other + missing + surplus
-
-
-def _check_stated(spec: Spec, state_dict: Mapping[str, Tensor]) -> None:
+def _fit_stated(spec: Spec, state_dict: Mapping[str, Tensor]) -> Fit:
     try:
-        differences = mismatches(expected_state_dict(spec), state_dict)
+        fitted = fit(expected_state_dict(spec), state_dict)
     except Exception as error:  # whatever the odd arguments in the file lead to
         reason = str(error).partition("\n")[0]
         raise ValueError(f"says that it is {spec}, which can't be built ({reason})") from None
-    if differences:
-        raise ValueError(f"says that it is {describe(spec)}, but {_first(differences)}")
+    if fitted.differences:
+        raise ValueError(f"says that it is {describe(spec)}, but {first(fitted.differences)}")
+    return fitted
 
 
 def _guess(row: Row, state_dict: Mapping[str, Tensor]) -> Spec | None:
@@ -137,12 +148,3 @@ def _guess(row: Row, state_dict: Mapping[str, Tensor]) -> Spec | None:
 
 def _any_matches(names: Mapping[str, object], pattern: str) -> bool:
     return pattern in names or any(fnmatchcase(name, pattern) for name in names)
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
-
-
-def _first(differences: list[str]) -> str:
-    more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-    return differences[0] + more

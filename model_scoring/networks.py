@@ -2,16 +2,18 @@
 
 import importlib
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.program.errors import UserError
 from engine.store.checkpoint import Checkpoint, naming, read_network, read_state_dict
+from engine.store.formats import is_packed
 from model import Spec
-from model.identify import check_wanted, mismatches
-from model_scoring.packing import is_packed, read_packed
+from model.identify import check_wanted
+from model_scoring.packing import read_packed
 
 
 def is_own(wanted: Spec) -> bool:
@@ -28,19 +30,30 @@ def load(path: Path, wanted: Spec, image_size: int | None) -> tuple[Checkpoint, 
     """
     if is_own(wanted):
         builder = wanted["name"]
-        network, state_dict = own_network(builder), read_state_dict(path)
-        if differences := mismatches(network.state_dict(), state_dict):
-            raise UserError(f"{path} does not fit what {builder} builds: {differences[0]}")
-        network.load_state_dict(state_dict, strict=False)
+        network = own_network(builder)
+        state_dict = read_state_dict(path, network, builder)
+        _load(state_dict, network, path)
         spec = {"name": builder, "num_classes": number_of_outputs(network.eval(), image_size or 32)}
         return Checkpoint(path, spec, state_dict), network
-    if is_packed(path) or path.suffix == ".safetensors":
+    if is_packed(path):
         checkpoint = read_packed(path)
         with naming(path):
             check_wanted(wanted, checkpoint.spec, checkpoint.state_dict)
     else:
         checkpoint = read_network(path, wanted)
     return checkpoint, checkpoint.network().eval()
+
+
+def _load(state_dict: dict[str, Tensor], network: nn.Module, path: Path) -> None:
+    """Load tensors that fit, as of the versions of modules that the file tells, or else of today's."""
+    if not hasattr(state_dict, "_metadata"):
+        state_dict = OrderedDict(state_dict)
+        vars(state_dict)["_metadata"] = vars(network.state_dict())["_metadata"]
+    try:
+        network.load_state_dict(state_dict, strict=False)
+    except (RuntimeError, ValueError) as error:  # a network's own code may refuse what fits
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} can't be loaded into the network ({reason}); save its state_dict again") from None
 
 
 def own_network(builder: str) -> nn.Module:

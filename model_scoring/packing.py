@@ -42,12 +42,13 @@ from torch import Tensor
 from engine.program.errors import UserError
 from engine.store.checkpoint import TOLD, Checkpoint, Content
 from engine.store.files import write_whole
+from engine.store.formats import PACKED as ENTRY
 from model import ROWS, Spec
-from model.identify import expected_state_dict, mismatches
+from model.fit import mismatches
+from model.identify import expected_state_dict
 from model.selection import is_ternary
 from model_scoring import coding
 
-ENTRY = "ec2t-packed"  # of the metadata
 VERSION = 1
 BLANK = "0" * 64  # stands for the digest while it is computed
 
@@ -121,16 +122,6 @@ class PackReport:
     @property
     def entropy_bytes(self) -> float:
         return sum(layer.entropy_bytes for layer in self.ternary)
-
-
-def is_packed(path: Path) -> bool:
-    """Whether the file begins as a packed one does, whatever its name; it may still be damaged."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(256)
-    except OSError:
-        return False
-    return start[8:9] == b"{" and f'"{ENTRY}"'.encode() in start
 
 
 def write_packed(checkpoint: Checkpoint, path: Path) -> PackReport:

@@ -1,7 +1,8 @@
 """Checkpoints: read safely whatever the file is, written so that no moment leaves half a file.
 
 A checkpoint is a dict with `state_dict` (plain names) and `model` (the network's spec, see `model.build`), and
-with what the stage that wrote it adds. Bare state dicts, `module.` prefixes and the 2019 layout are read too.
+with what the stage that wrote it adds. Bare state dicts, what other programs write around them, and wrappers'
+prefixes are read too (`model.fit`).
 """
 
 import io
@@ -9,6 +10,7 @@ import os
 import re
 import sys
 import unicodedata
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.images.datasets import DATASETS, MAX_IMAGE_SIZE
 from engine.program.errors import UserError, is_out_of_memory
 from engine.program.report import say
-from engine.store import torch_file
+from engine.store import formats, torch_file
 from engine.store.files import write_whole
 from model import build
-from model.identify import OtherNetwork, identify
+from model.fit import Fit, first, fit
+from model.identify import OtherNetwork, expected_state_dict, identify
 from model.registry import Spec
 
 SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors")
@@ -147,19 +151,29 @@ def find(name: str, folder: Path) -> Path:
 
 
 def read(path: Path) -> Content:
-    """Read a torch file without executing anything in it; UserError where it is not one, or damaged."""
-    if path.suffix == ".safetensors":
+    """Read a torch or safetensors file without executing anything in it; UserError where it is not one, or damaged.
+
+    Objects of Python beside the tensors are left out, and a line says which.
+    """
+    if what := formats.foreign(path):
+        raise UserError(f"{path}: {what}")
+    if formats.is_packed(path):
         unpacking = f"run_scoring.py --t-model {path} --unpack FILE.pt"
         raise UserError(f"{path}: is a packed file; make a checkpoint of it with {unpacking}")
     try:
-        content = torch_file.load(path)
+        content, skipped = (load_file(path), []) if formats.is_safetensors(path) else torch_file.load(path)
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
         raise UserError(f"{path}: {_damage(path, error)}; {_another(path)}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors; {_another(path)}")
-    return dict(content)
+    if skipped:
+        names = ", ".join(name.removeprefix("builtins.") for name in skipped)
+        if not content:
+            raise UserError(f"{path}: holds Python objects ({names}), and no tensors; {_another(path)}")
+        say(f"{path}: skipped what is neither tensors nor plain values, nothing of it is executed ({names})")
+    return dict(content) if type(content) is not OrderedDict else content
 
 
 def _damage(path: Path, error: Exception) -> str:
@@ -174,7 +188,8 @@ def _damage(path: Path, error: Exception) -> str:
         start = file.read(2)
     if not start:
         return "is empty"
-    return "is truncated or damaged" if start in (b"PK", b"\x80\x02") else "is not a PyTorch checkpoint"
+    known = start in (b"PK", b"\x80\x02") or formats.is_safetensors(path)
+    return "is truncated or damaged" if known else "is not a PyTorch checkpoint"
 
 
 def _another(path: Path) -> str:
@@ -192,11 +207,16 @@ def _listing(folder: Path) -> str:
     return f"{folder} holds {', '.join(names) or 'no files'}{more}"
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the tensors alone, of a network that is not one of ours."""
-    state_dict = _state_dict(read(path), path)
-    _check_values(state_dict, path)
-    return state_dict
+def read_state_dict(path: Path, network: nn.Module, builder: str) -> dict[str, Tensor]:
+    """Read the tensors of `network`, the user's own that `builder` built; UserError if they do not fit it."""
+    expected = {name: t for name, t in network.state_dict().items() if isinstance(t, Tensor)}
+    fitted = fit(expected, _state_dict(read(path), path))
+    if fitted.differences:
+        raise UserError(f"{path} does not fit what {builder} builds: {first(fitted.differences)}")
+    _say_notes(path, fitted)
+    weights = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    _check_values(fitted.tensors, expected, weights, path)
+    return fitted.tensors
 
 
 def read_network(path: Path, wanted: Spec | None = None) -> Checkpoint:
@@ -208,13 +228,20 @@ def read_network(path: Path, wanted: Spec | None = None) -> Checkpoint:
     content = read(path)
     state_dict = _state_dict(content, path)
     with naming(path):
-        spec = identify(state_dict, content.get("model"), wanted)
-    _check_values(state_dict, path)
+        spec, fitted = identify(state_dict, content.get("model"), wanted)
+    _say_notes(path, fitted)
+    expected = expected_state_dict(spec)
+    _check_values(fitted.tensors, expected, set(expected), path)
     extra = {key: value for key, value in content.items() if type(key) is str and key not in ("model", "state_dict")}
     extra = _usable(extra) if "state_dict" in content else {}
     if len(extra.get("classes", ())) != spec["num_classes"]:
         extra.pop("classes", None)
-    return Checkpoint(path, spec, state_dict, extra)
+    return Checkpoint(path, spec, dict(fitted.tensors), extra)
+
+
+def _say_notes(path: Path, fitted: Fit) -> None:
+    for note in fitted.notes:
+        say(f"{path}: {note}")
 
 
 @contextmanager
@@ -231,32 +258,70 @@ def naming(path: Path) -> Iterator[None]:
         ) from None
 
 
+WEIGHTS = ("state_dict", "model_state_dict", "model_state", "net", "model", "network", "weights", "params", "module")
+AVERAGED = re.compile(r"(^|_)ema(_|$)")  # keys of weights that are a moving average of those that are trained
+NO_WEIGHTS = re.compile(r"optim|sched|scaler|loss|criterion|rng")
+
+
 def _state_dict(content: Content, path: Path) -> dict[str, Tensor]:
-    tensors = content
-    for key in ("state_dict", "model_state_dict", "net", "model"):
-        if isinstance(content.get(key), Mapping) and _all_tensors(content[key]):
-            tensors = content[key]
-            break
-    if not _all_tensors(tensors):
+    """The tensors by name among what programs write around them; a line says which, where there is a choice."""
+    averaged = [key for key in content if isinstance(key, str) and AVERAGED.search(key)]
+    found = {key: tensors for key in (*WEIGHTS, *averaged) if (tensors := _tensors(content.get(key)))}
+    if not found and (tensors := _own_tensors(content)):
+        return tensors
+    if not found:
+        others = [key for key in content if not NO_WEIGHTS.search(str(key))]
+        found = {key: tensors for key in others if (tensors := _tensors(content[key]))}
+        found = found if len(found) == 1 else {}
+    if not found:
         keys = ", ".join(map(str, list(content)[:5]))
         raise UserError(f"{path}: holds no tensors by name (its keys: {keys or 'none'}); {_another(path)}")
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    key, *others = found
+    if others:
+        average = ", ".join(other for other in others if other in averaged)
+        hint = f"; for the moving average, save that alone: torch.save(content[{average!r}], FILE)" if average else ""
+        say(f"{path}: holds weights as {', '.join(found)}; {key} is taken{hint}")
+    elif key in averaged:
+        say(f"{path}: the weights are those of the moving average {key}")
+    return found[key]
 
 
-def _all_tensors(tensors: Mapping[str, object]) -> bool:
-    return bool(tensors) and all(isinstance(t, Tensor) and isinstance(name, str) for name, t in tensors.items())
+def _tensors(value: object, depth: int = 2) -> dict[str, Tensor] | None:
+    """The tensors by name in `value`, or in what lies in it under a name of WEIGHTS."""
+    if not isinstance(value, Mapping):
+        return None
+    nested = (_tensors(value.get(key), depth - 1) for key in WEIGHTS) if depth else ()
+    return _own_tensors(value) or next(filter(None, nested), None)
 
 
-def _check_values(state_dict: dict[str, Tensor], path: Path) -> None:
-    """Raise a UserError unless all tensors are plain and finite."""
+def _own_tensors(value: Mapping[Any, Any]) -> dict[str, Tensor] | None:
+    """The tensors by name in a state dict, beside which plain values such as `epoch` may be; None in what is none."""
+    named = [name for name, tensor in value.items() if isinstance(tensor, Tensor) and isinstance(name, str)]
+    others = [str(name) for name in value if name not in named and not str(name).endswith("_extra_state")]
+    if not named or (others and not any("." in name for name in named)) or any("." in name for name in others):
+        return None
+    tensors = OrderedDict((name, value[name]) for name in named)
+    if hasattr(value, "_metadata"):
+        vars(tensors)["_metadata"] = value._metadata
+    return tensors
+
+
+def _check_values(
+    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], weights: set[str], path: Path
+) -> None:
+    """Raise a UserError unless the tensors are plain, of their kinds, and finite where they are weights."""
     for name, tensor in state_dict.items():
-        counts = name.endswith("num_batches_tracked")
-        right_type = tensor.dtype == torch.int64 if counts else tensor.is_floating_point()
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not right_type:
+        if name not in expected:
+            continue
+        real = expected[name].is_floating_point()
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_complex() or tensor.is_floating_point() != real:
             kind = f"{tensor.layout} of {tensor.dtype} on {tensor.device}".replace("torch.", "")
-            wanted = "whole numbers (int64)" if counts else "floating point numbers"
-            raise UserError(f"{path}: {name} is {kind}, not a plain tensor of {wanted}")
-        if not torch.isfinite(tensor.float()).all():
+            raise UserError(
+                f"{path}: {name} is {kind}, not a plain tensor of {'floating point' if real else 'whole'} numbers"
+            )
+        is_weight = name in weights or name.endswith(("running_mean", "running_var"))
+        if real and is_weight and not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path}: {name} holds NaN or infinite values; take an earlier checkpoint")
 
 

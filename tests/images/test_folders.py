@@ -365,7 +365,8 @@ def test_folders_are_read_from_where_one_stands(make_folders, monkeypatch):
 
 
 def test_more_processes_than_images_are_refused(make_folders, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    place = {"WORLD_SIZE": "6", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
     assert "4 training images can't be shared by 6 processes; start fewer" in refusal(make_folders(), batch_size=6)

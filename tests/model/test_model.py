@@ -10,7 +10,8 @@ from torch import nn
 import model.identify
 from helpers.networks import TINY
 from model import ROWS, build
-from model.identify import expected_state_dict, mismatches, nearest
+from model.fit import mismatches
+from model.identify import expected_state_dict, nearest
 from model.micronet import LAYOUTS, scale_depth, scale_width
 from model.selection import is_ternary, pruning_candidates, ternary_candidates
 

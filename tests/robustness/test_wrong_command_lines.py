@@ -224,7 +224,7 @@ BAD_COMMANDS = [
     (SCALING + "--resume {0}/notes.pt", "{0}/notes.pt: is not a PyTorch checkpoint"),
     (SCALING + "--resume {0}/truncated.pt", "{0}/truncated.pt: is truncated or damaged"),
     (QUANTIZATION + "--model-dict {0}/compressed.pt", "{0}/compressed.pt: holds compressed entries"),
-    (QUANTIZATION + "--model-dict {0}/object.pt", "{0}/object.pt: holds the Python object "),
+    (QUANTIZATION + "--model-dict {0}/object.pt", "{0}/object.pt: holds Python objects ("),
     (QUANTIZATION + "--model-dict {0}/notes.pt", "{0}/notes.pt: is not a PyTorch checkpoint"),
     (QUANTIZATION + "--model-dict {0}/nan.pt", "{0}/nan.pt: linear.bias holds NaN or infinite values"),
     (QUANTIZATION + "--model-dict ''", "no file '', neither as a path nor in model_quantization/"),
@@ -236,7 +236,7 @@ BAD_COMMANDS = [
     (SCORING + "--json {0}/notes.pt/x.json", "{0}/notes.pt/x.json: can't be written (File exists)"),
     (SCORING + "--pack {0}/notes.pt/x.safetensors", "{0}/notes.pt/x.safetensors: can't be written (File exists)"),
     (SCORING + "--unpack {0}/pets", "{0}/pets is a folder; pass the name of a file to write"),
-    (SCORING + "--t-model {0}/notes.safetensors", "{0}/notes.safetensors: no packed network, or a damaged one"),
+    (SCORING + "--t-model {0}/notes.safetensors", "{0}/notes.safetensors: is not a PyTorch checkpoint"),
     (SCORING + "--t-model {0}/efficientnet.pt --image-size 8", "too small for this network"),
     (SCORING + "--eval --dataset folder --data-path {0}/nowhere", "{0}/nowhere: no such folder for --dataset folder"),
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.program.errors import UserError
 from engine.store import checkpoint
 from engine.store.checkpoint import Checkpoint, network_content, read_network
+from engine.store.formats import is_packed
 from helpers.packed_files import (
     DENSE,
     EXTRA,
@@ -32,7 +33,7 @@ from helpers.packed_files import (
     tiny,
 )
 from model import build
-from model_scoring.packing import ENTRY, Kind, is_packed, read_packed, stored_values, write_packed
+from model_scoring.packing import ENTRY, Kind, read_packed, stored_values, write_packed
 
 # ---------------------------------------------------------------------------------------------- round trips
 

@@ -185,7 +185,7 @@ BAD_BYTES = {
     "half": (lambda t: half(saved(t)), "is truncated or damaged"),
     "half, old": (lambda t: half(saved(t, _use_new_zipfile_serialization=False)), "is truncated or damaged"),
     "scratched": (lambda t: scratched(saved(t)), "is truncated or damaged"),
-    "a whole module": (lambda t: saved(build(TINY)), "holds the Python object model.micronet.MicroNet"),
+    "a whole module": (lambda t: saved(build(TINY)), "is a whole Python object (model.micronet.MicroNet)"),
     "a list": (lambda t: saved([1, 2]), "holds a list"),
     "a tensor": (lambda t: saved(torch.zeros(3)), "holds a Tensor"),
     "an empty dict": (lambda t: saved({}), "no tensors by name (its keys: none)"),
@@ -209,9 +209,9 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_packed_file_names_the_way_to_a_checkpoint(tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.touch()
+def test_a_packed_file_names_the_way_to_a_checkpoint(packed, tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(packed)
     assert f"run_scoring.py --t-model {path} --unpack FILE.pt" in refusal(read_network, path)
 
 
