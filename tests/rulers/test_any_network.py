@@ -1,6 +1,7 @@
 """No network fools the rulers: writes through views, shared and computed weights, state, odd inputs and outputs."""
 
 import copy
+import doctest
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -9,12 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rulers
 from rulers.challenge import count
 from rulers.improved import count as count_improved
 from rulers.tally import Tally, Widths
 
 FULL = Widths(32, 32, 32)
 ONE_BIT = Widths(1, 1, 1)
+
+
+def test_the_example_of_the_library_call():
+    assert doctest.testmod(rulers) == (0, 7)
 
 
 class Net(nn.Module):
@@ -208,7 +214,8 @@ FACTORS = {
     "ones": (lambda net, x: x * (net.w * torch.ones(4, 1)), {"w": drawn(4, 8)}, (4, 8), 32),
     "ones like the input": (lambda net, x: x * (net.w * torch.ones_like(x)), {"w": drawn(4, 8)}, (4, 8), 32),
     "a mask of the code": (
-        lambda net, x: F.conv2d(x, net.w * torch.ones(3, 3).tril()), {"w": drawn(4, 3, 3, 3)}, (3, 5, 5), 72 + 108 / 32),
+        lambda net, x: F.conv2d(x, net.w * torch.ones(3, 3).tril()),
+        {"w": drawn(4, 3, 3, 3)}, (3, 5, 5), 72 + 108 / 32),
     "a mask of its own": (
         lambda net, x: F.conv2d(x, net.w * net.mask),
         {"w": drawn(4, 3, 3, 3), "mask": torch.ones(3, 3).tril()}, (3, 5, 5), 72 + 108 / 32),
