@@ -41,11 +41,12 @@ from typing import Any
 from torch import nn
 
 from rulers.folding import Folding, fold
-from rulers.graph import Node, initialized, trace
+from rulers.graph import initialized, trace
 from rulers.rules import GROUPS, RULES, Rule
 from rulers.storage import challenge_formats
 from rulers.stored import FormatsOf, Inventory, Share, shares, take_stock
 from rulers.tally import Group, Line, Tally, Uncounted, Widths
+from rulers.values import Node
 
 
 @dataclass

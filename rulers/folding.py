@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rulers.graph import Node, Value
 from rulers.layers import Layer, find_layers
+from rulers.values import Node, Value
 
 BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 

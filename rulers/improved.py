@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from rulers.challenge import Graph, analysed, measure
 from rulers.folding import Folding
-from rulers.graph import Node
 from rulers.rules import RULES, Operations, Rule, layer_cost
 from rulers.storage import improved_formats
 from rulers.tally import Tally, Widths
+from rulers.values import Node
 
 WIDEST = 32
 

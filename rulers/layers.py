@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rulers.graph import Node, Value
 from rulers.storage import Matrix
+from rulers.values import Node, Value
 
 CHUNK = 2**20  # weights that are looked at together, so that what is computed of them takes little memory
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from math import prod
 
 from rulers.folding import BATCH_NORMS, Folding, is_batch_norm
-from rulers.graph import Node
 from rulers.layers import PRODUCTS
+from rulers.values import Node
 
 
 @dataclass(frozen=True)

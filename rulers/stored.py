@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rulers.folding import Folding, is_batch_norm
-from rulers.graph import Node, Stored, Value
 from rulers.layers import Layer, statistics
 from rulers.storage import Formats, Matrix, smallest
+from rulers.values import Node, Stored, Value
 
 FormatsOf = Callable[[Matrix, int], Formats]
 
