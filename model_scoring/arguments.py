@@ -1,5 +1,8 @@
 """The command line of `run_scoring.py`."""
 
+import argparse
+import ast
+
 from engine.program.arguments import (
     Parser,
     add_data_arguments,
@@ -25,11 +28,48 @@ example: score and evaluate what stage 2 left in its folder, with 16 bit values 
 """
 
 
+def _keyword(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as num_classes=10")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _shape(text: str) -> tuple[tuple[int, ...], str | None]:
+    """The sides of an input, and its type if it is said."""
+    sides, _, dtype = text.partition(":")
+    if dtype not in ("", "int64", "int32", "bool", "float32"):
+        raise argparse.ArgumentTypeError(f"{text!r} has another type than int64, int32, bool or float32")
+    try:
+        return tuple(positive_int(side) for side in sides.replace(",", "x").split("x")), dtype or None
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 3x32x32") from None
+
+
 def parser() -> Parser:
     """Build the parser; defaults are those of the 2019 program, unless the checkpoint or the ruler says otherwise."""
     parser = Parser(prog="run_scoring.py", description=DESCRIPTION, epilog=EPILOG)
     network = add_model_arguments(
         parser, "--t-model", f"the checkpoint or packed file to score: a path, or a file name in {T_MODELS}", own=True
+    )
+    network.add_argument(
+        "--model-args",
+        nargs="+",
+        type=_keyword,
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of your own builder, such as num_classes=10; without --t-model it is counted as it is built",
+    )
+    network.add_argument(
+        "--input-shape",
+        action="append",
+        type=_shape,
+        metavar="CxHxW",
+        help="what is counted runs on this instead of an image; once for each argument of the network, without the "
+        "batch; 77:int64 for whole numbers",
     )
     network.add_argument("--before", metavar="NAME", help="full-precision checkpoint to show beside it, at 32 bit")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+import rulers
 from engine.device import choose_machine
 from engine.evaluation import Evaluation, evaluate, rounded_to_16_bit
 from engine.images.batches import ImageRequest, load_data
@@ -22,7 +23,7 @@ from model import Spec, row_of
 from model.identify import describe
 from model_scoring.arguments import T_MODELS
 from model_scoring.export import Exports, export
-from model_scoring.networks import is_own, load
+from model_scoring.networks import Wanted, examples, load, running, said
 from model_scoring.pruning import prune_depthwise
 from model_scoring.tables import as_dict, before_and_after, listing, summary
 from rulers import RULERS
@@ -42,6 +43,7 @@ class Recipe:
         add_bits: width of the inputs of additions; None for each ruler's own.
         prune_threshold: as `prune_depthwise` has it.
         image_size: side of the images that are counted and evaluated, pixels.
+        wanted: the network; its shapes are counted instead of images.
     """
 
     ruler: str
@@ -50,6 +52,7 @@ class Recipe:
     add_bits: int | None
     prune_threshold: float
     image_size: int
+    wanted: Wanted
 
     def in_32_bit(self) -> "Recipe":
         """The same for a full-precision network."""
@@ -69,10 +72,10 @@ class Images:
 
 def run(args: Namespace) -> int:
     """Score the network `--t-model`."""
-    path = find(args.t_model, Path(T_MODELS))
-    wanted = wanted_spec(args.model, args.dw_multps, args.phi)
-    if is_own(wanted) and (args.pack or args.unpack):
-        raise UserError(f"--model {args.model}: packed files hold built-in models only; leave --pack, --unpack out")
+    wanted = Wanted(
+        wanted_spec(args.model, args.dw_multps, args.phi), dict(args.model_args), examples(args.input_shape or [])
+    )
+    path = checked_path(args, wanted)
     checkpoint, network = load(path, wanted, args.image_size)
     before = load_before(args.before, wanted, args.image_size) if args.before else None
     for file in filter(None, (args.json, args.pack, args.unpack)):
@@ -86,6 +89,7 @@ def run(args: Namespace) -> int:
         args.add_bits,
         args.prune_threshold,
         args.image_size or checkpoint.image_size or row_of(checkpoint.spec["name"]).image_size,
+        wanted,
     )
     images = None
     if args.eval:
@@ -93,7 +97,8 @@ def run(args: Namespace) -> int:
     exports = Exports(args.save, args.pt_sparse, args.pack, args.unpack)
 
     prune_depthwise(network, recipe.prune_threshold)
-    say(f"{path}: {describe(checkpoint.spec)}, operations of one image of {recipe.image_size} px")
+    inputs = f"input of {said(wanted.shapes)}" if wanted.shapes else f"image of {recipe.image_size} px"
+    say(f"{path or 'as it is built'}: {describe(checkpoint.spec)}, operations of one {inputs}")
     report, tally = score((checkpoint, network), before, dataset, recipe, images, exports)
     say_peak_memory()
     report["peak_memory"] = peak_memory()
@@ -101,14 +106,29 @@ def run(args: Namespace) -> int:
         write_text(Path(args.json), json.dumps(report, indent=2) + "\n")
     if args.strict and (uncounted := tally.uncounted):
         names = ", ".join(sorted({entry.operation for entry in uncounted}))
-        raise UserError(f"{path}: operations without a rule ({names}); leave --strict out to score without them")
+        raise UserError(
+            f"{checkpoint.path}: operations without a rule ({names}); leave --strict out to score without them"
+        )
     return 0
 
 
-def load_before(name: str, wanted: Spec, image_size: int | None) -> Loaded:
+def checked_path(args: Namespace, wanted: Wanted) -> Path | None:
+    """The file to score, None for the user's own network as it is built; UserError where the flags do not fit."""
+    if wanted.builder and (args.pack or args.unpack):
+        raise UserError(f"--model {args.model}: packed files hold built-in models only; leave --pack, --unpack out")
+    if args.model_args and not wanted.builder:
+        raise UserError("--model-args are for a builder of your own; pass --model module:function")
+    if args.eval and wanted.shapes:
+        raise UserError("--eval is for images; pass --image-size, or leave --input-shape out")
+    if args.t_model or wanted.builder:
+        return find(args.t_model, Path(T_MODELS)) if args.t_model else None
+    raise UserError("the following arguments are required: --t-model (or --model with a builder of your own)")
+
+
+def load_before(name: str, wanted: Wanted, image_size: int | None) -> Loaded:
     """The full-precision network `--before`: of the wanted name, if any, but of any multipliers."""
-    same = {key: value for key, value in wanted.items() if key == "name"}
-    return load(find(name, Path(T_MODELS)), same, image_size)
+    same = {key: value for key, value in wanted.spec.items() if key == "name"}
+    return load(find(name, Path(T_MODELS)), replace(wanted, spec=same), image_size)
 
 
 def default_dataset(spec: Spec) -> str:
@@ -132,6 +152,7 @@ def score(
         "model": checkpoint.spec,
         "dataset": dataset,
         "image_size": recipe.image_size,
+        **({"input_shapes": said(recipe.wanted.shapes)} if recipe.wanted.shapes else {}),
         "task": asdict(task),
         "rulers": {name: as_dict(tally, task) for name, tally in tallies.items()},
         "evaluation": as_dict_of(evaluation),
@@ -153,11 +174,9 @@ def count_all(loaded: Loaded, recipe: Recipe) -> dict[str, Tally]:
     """The tallies of all rulers that know the network, by ruler; UserError if the recipe's is not among them."""
     checkpoint, network = loaded
     name, value = checkpoint.spec["name"], 16 if recipe.half_precision else 32
-    tallies = {
-        ruler.name: ruler.count(network, name, recipe.image_size, ruler.widths(value, recipe.mul_bits, recipe.add_bits))
-        for ruler in RULERS.values()
-        if ruler.knows(name)
-    }
+    with running(recipe.wanted, recipe.image_size):
+        shapes = recipe.wanted.shapes or recipe.image_size
+        tallies = rulers.count(network, shapes, name, value, recipe.mul_bits, recipe.add_bits)
     if recipe.ruler not in tallies:
         known = ", ".join(RULERS[recipe.ruler].models)
         raise UserError(f"the {recipe.ruler} ruler has no form for {name}, only for {known}; take another --accounting")

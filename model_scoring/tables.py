@@ -43,7 +43,7 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
             f"{tally.total_scoring_params:,.0f}",
             f"{tally.megabytes:.3f}",
             f"{tally.total_mflop:.2f}",
-            f"{tally.score(task):.14f}",
+            f"{tally.score(task):.14f}{_incomplete(tally)}",
         ]
         for name, tally in tallies.items()
     ]
@@ -65,12 +65,35 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
             f"Accuracy   {evaluation.accuracy:.2f}% ({evaluation.correct:,} of {evaluation.images:,} right{verdict}; "
             f"parameters rounded to {value} bit)"
         )
-    for name, tally in tallies.items():
-        lines += [
-            f"Uncounted  {name}: {entry.operation}, {entry.count} times in {entry.place or 'the network'}"
-            for entry in tally.uncounted
-        ]
+    lines += [f"By analogy {line}" for line in [_by_analogy(tallies)] if line]
+    lines += [f"Uncounted  {line}" for line in _uncounted(tallies)]
     return "\n".join(lines)
+
+
+def _incomplete(tally: Tally) -> str:
+    return " (incomplete)" if tally.uncounted else ""
+
+
+def _by_analogy(tallies: dict[str, Tally]) -> str:
+    """The operations that the challenge's rules do not name, and what share of each ruler's operations they are."""
+    names = sorted({name for tally in tallies.values() for name, mflop in tally.by_analogy.items() if mflop})
+    shares = ", ".join(
+        f"{sum(tally.by_analogy.values()) / tally.total_mflop:.2%} of the operations on {name}"
+        for name, tally in tallies.items()
+        if any(tally.by_analogy.values())
+    )
+    return f"{', '.join(names)}: {shares}" if names else ""
+
+
+def _uncounted(tallies: dict[str, Tally]) -> list[str]:
+    """A line for each kind of operation without a rule: how often it runs, and where."""
+    lines = {}
+    for tally in tallies.values():
+        for kind in dict.fromkeys(entry.operation for entry in tally.uncounted):
+            entries = [entry for entry in tally.uncounted if entry.operation == kind]
+            where = entries[0].place or "the network" if len(entries) == 1 else f"{len(entries)} modules"
+            lines[f"{kind}, {sum(entry.count for entry in entries)} times in {where}"] = None
+    return list(lines)
 
 
 def before_and_after(
@@ -81,7 +104,7 @@ def before_and_after(
         ["zeros", f"{before.zeros_percent:.2f}%", f"{after.zeros_percent:.2f}%"],
         ["scoring params", *(with_unit(t.total_scoring_params) for t in (before, after))],
         ["FLOP", *(with_unit(t.total_mflop * 1e6) for t in (before, after))],
-        ["score", *(f"{t.score(task):.5f}" for t in (before, after))],
+        ["score", *(f"{t.score(task):.5f}{_incomplete(t)}" for t in (before, after))],
     ]
     if evaluations[1]:
         rows.insert(0, ["accuracy", *(f"{one.accuracy:.2f}%" if one else "-" for one in evaluations)])
@@ -97,6 +120,7 @@ def as_dict(tally: Tally, task: Task) -> dict[str, Any]:
         "megabytes": tally.megabytes,
         "mflop": tally.total_mflop,
         "score": tally.score(task),
+        "incomplete": bool(tally.uncounted),
         "subtotals": {
             group.name: {"scoring_params": tally.scoring_params(group), "mflop": tally.mflop(group)}
             for group in tally.groups

@@ -23,16 +23,13 @@ operation that is not followed here, its row of zeros stays in the mask and its 
 bias. A filter whose inputs are all removed is dead in turn.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from model.selection import is_ternary
-from rulers.graph import Node, Value
-from rulers.storage import Matrix
+from rulers.layers import Layer, find_layers
+from rulers.values import Node, Value
 
 BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 
@@ -42,74 +39,6 @@ _ELEMENTWISE = ("relu", "hardtanh", "clamp", "clamp_min", "silu", "sigmoid", "ha
 # Operations that leave a constant as it is, where the channels stay the second dimension.
 _MOVING = ("view", "_unsafe_view", "squeeze", "unsqueeze", "expand", "slice", "clone", "detach", "alias")
 _UNCHANGING = (*_MOVING, "mean", "_adaptive_avg_pool2d")
-
-
-@dataclass(eq=False)
-class Layer:
-    """A convolution or linear layer, as it is executed and stored.
-
-    `weights` is [c_out, c_in / groups, kernel], where kernel is 1 for a linear layer. `terms`
-    [c_out, c_in / groups] counts those that are not zero. `reads`, of the same shape, says which inputs are
-    not removed; `kept` [c_out] which filters are stored. A `shared` weight, which several operations use, is
-    stored whole.
-    """
-
-    node: Node
-    input: Value
-    weight: Value
-    bias: Value | None
-    weights: Tensor
-    shared: bool = False
-    norms: list[Node] = field(default_factory=list)
-    terms: Tensor = field(init=False)
-    reads: Tensor = field(init=False)
-    kept: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.terms = torch.count_nonzero(self.weights, dim=2)
-        self.reads = torch.ones_like(self.terms, dtype=torch.bool)
-        self.kept = torch.ones(len(self.terms), dtype=torch.bool)
-
-    @property
-    def summands(self) -> Tensor:
-        """[c_out] values that one output of each filter sums over."""
-        return (self.terms * self.reads).sum(dim=1)
-
-    @property
-    def live(self) -> Tensor:
-        """[c_out] filters that are executed."""
-        return self.summands > 0
-
-    @property
-    def positions(self) -> int:
-        """Outputs of each filter."""
-        return self.node.output.numel // len(self.terms)
-
-    @cached_property
-    def ternary(self) -> bool:
-        """Whether the weights are zero, one positive and one negative value."""
-        return is_ternary(self.weights)
-
-    @property
-    def biased(self) -> bool:
-        return self.bias is not None or len(self.norms) > 0
-
-    @property
-    def pads(self) -> bool:
-        return any(self.node.arguments.get("padding", ()))
-
-    @property
-    def matrix(self) -> Matrix:
-        """What is stored of the weights."""
-        stored = self.reads & self.kept[:, None]
-        kernel = self.weights.shape[2]
-        return Matrix(
-            rows=int(self.kept.sum()),
-            columns=int(stored.sum(dim=1).max()) * kernel,
-            numel=int(stored.sum()) * kernel,
-            nonzero=int(self.summands.sum()),
-            ternary=self.ternary,
-        )
 
 
 @dataclass
@@ -136,38 +65,10 @@ class Folding:
 
 def fold(nodes: list[Node]) -> Folding:
     """Decide what of the operations `nodes` is computed ahead of inference."""
-    folding = Folding()
-    _find_layers(nodes, folding)
+    folding = Folding(find_layers(nodes))
     _merge_batch_norms(nodes, folding)
     _follow_constants(nodes, folding)
     return folding
-
-
-# --------------------------------------------------------------------------------------------------- layers
-
-
-def _find_layers(nodes: list[Node], folding: Folding) -> None:
-    folding.layers = {node: layer for node in nodes if (layer := _layer(node))}
-    uses = Counter(layer.weight.stored for layer in folding.layers.values())
-    for layer in folding.layers.values():
-        layer.shared = uses[layer.weight.stored] > 1 and layer.weight.stored is not None
-
-
-def _layer(node: Node) -> Layer | None:
-    """`node` as a layer; None for what is none, such as transposed convolutions and products of features."""
-    arguments = node.arguments
-    if node.operation == "convolution" and not arguments["transposed"]:
-        input, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
-    elif node.operation == "addmm":
-        input, weight, bias = arguments["mat1"], arguments["mat2"], arguments["self"]
-    elif node.operation == "mm":
-        input, weight, bias = arguments["self"], arguments["mat2"], None
-    else:
-        return None
-    if weight.data is None or (bias is not None and bias.data is None):
-        return None
-    weights = weight.data if node.operation == "convolution" else weight.data.t()
-    return Layer(node, input, weight, bias, weights.reshape(*weights.shape[:2], -1))
 
 
 # ----------------------------------------------------------------------------------------------- BatchNorms
@@ -182,7 +83,8 @@ def _merge_batch_norms(nodes: list[Node], folding: Folding) -> None:
     for node in filter(is_batch_norm, nodes):
         before = node.arguments["input"].producer
         layer = folding.layers.get(before) or folding.merged.get(before)
-        if layer and not layer.shared and node.arguments["input"].consumers == [node]:
+        mergeable = layer and not layer.shared and (layer.follows or layer.transposed)
+        if mergeable and node.arguments["input"].consumers == [node]:
             layer.norms.append(node)
             folding.merged[node] = layer
 
@@ -193,7 +95,6 @@ def _normalized(node: Node, constants: Tensor) -> Tensor:
         None if (value := node.arguments[name]) is None else value.data.double()
         for name in ("running_mean", "running_var", "weight", "bias")
     )
-    assert mean is not None and variance is not None  # see `is_batch_norm`
     eps = node.arguments["epsilon" if "epsilon" in node.arguments else "eps"]
     normal = (constants - mean) / (variance + eps).sqrt()
     return normal * (1 if scale is None else scale) + (0 if bias is None else bias)
@@ -212,7 +113,6 @@ def _follow_constants(nodes: list[Node], folding: Folding) -> None:
             layer.kept |= channels
 
     for node in nodes:
-        output: Tensor | None
         known = [value for value in dict.fromkeys(node.inputs) if value in constants]
         if node in folding.layers:
             layer = folding.layers[node]
@@ -228,36 +128,40 @@ def _follow_constants(nodes: list[Node], folding: Folding) -> None:
         if output is not None and not output.isnan().all():
             constants[node.output] = output
             sources[node.output] = origin
+            if not node.output.consumers:
+                keep(node.output, ~output.isnan())
 
 
 def _remove_inputs(layer: Layer, constants: Tensor | None) -> Tensor:
     """Remove those inputs of `layer` that can go, and all dead filters; return which inputs, [c_in]."""
-    gone = torch.zeros(layer.input.shape[1], dtype=torch.bool)
-    if constants is not None and not layer.shared:
+    gone = torch.tensor(False)
+    if constants is not None and layer.follows and not layer.shared:
         unread = ~_by_input(layer.terms, layer).any(dim=0)
         can_join_the_bias = (constants == 0) | (layer.biased and not layer.pads)
         gone = ~constants.isnan() & (can_join_the_bias | unread)
         layer.reads = ~_by_filter(gone, layer)
-    if not layer.shared:
+    if layer.follows and not layer.shared:
         layer.kept = layer.live
     return gone
 
 
-def _dead_outputs(layer: Layer, constants: Tensor | None) -> Tensor:
+def _dead_outputs(layer: Layer, constants: Tensor | None) -> Tensor | None:
     """[c_out] the bias of dead filters, with what removed inputs add to it; NaN for the others."""
-    outputs = torch.zeros(len(layer.terms), dtype=torch.float64)
+    live = layer.live
+    if not layer.follows or bool(live.all()):
+        return None
+    outputs = torch.zeros(len(live), dtype=torch.float64)
     if layer.bias is not None:
-        assert layer.bias.data is not None  # see `_layer`
         outputs += layer.bias.data
-    if constants is not None:
+    if constants is not None and layer.reads is not None:
         inputs = _by_filter(constants.nan_to_num(), layer).where(~layer.reads, 0)
-        outputs += (inputs * layer.weights.sum(dim=2)).sum(dim=1)
-    return outputs.where(~layer.live, torch.nan)
+        outputs += (inputs * layer.sums).sum(dim=1)
+    return outputs.where(~live, torch.nan)
 
 
 def _by_filter(channels: Tensor, layer: Layer) -> Tensor:
     """Spread a tensor [c_in] over the inputs of each filter, [c_out, c_in / groups]."""
-    filters, inputs = layer.terms.shape
+    filters, inputs = layer.weights.shape[:2]
     groups = len(channels) // inputs
     return channels.view(groups, 1, inputs).expand(groups, filters // groups, inputs).reshape(filters, inputs)
 

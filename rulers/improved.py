@@ -24,21 +24,25 @@ table. The differences, which leave exactly 11,798 and 8.495 as their program co
                  + 0.001   ReLU of the channels that they remove
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from rulers.challenge import RULES, Operations, Rule, layer_cost, measure
+from rulers.challenge import Graph, analysed, measure
 from rulers.folding import Folding
-from rulers.graph import Node
+from rulers.rules import RULES, Operations, Rule, layer_cost
 from rulers.storage import improved_formats
 from rulers.tally import Tally, Widths
+from rulers.values import Node
 
 WIDEST = 32
 
 
-def count(network: nn.Module, image_size: int | tuple[int, ...], widths: Widths) -> Tally:
-    """Count `network` for one input of `image_size`, as `challenge.count` has it."""
-    return measure(network, image_size, widths, "improved", TREE_RULES, improved_formats)
+def count(network: nn.Module | Graph, shapes: Any, widths: Widths) -> Tally:
+    """Count `network` for inputs of `shapes`, as `challenge.count` has it."""
+    graph = network if isinstance(network, Graph) else analysed(network, shapes)
+    return measure(graph, widths, "improved", TREE_RULES, improved_formats)
 
 
 def tree_bits(summands: Tensor, b: int) -> Tensor:
@@ -60,7 +64,7 @@ def tree_cost(node: Node, folding: Folding, b: int) -> Operations | None:
     """A convolution or linear layer; the sum over a ternary filter runs in an adder tree, a bias does not."""
     operations = layer_cost(node, folding, b)
     layer = folding.layers.get(node)
-    if operations is None or layer is None or not layer.ternary:
+    if layer is None or not layer.ternary or layer.transposed:
         return operations
     summands = layer.summands[layer.live]
     return Operations(
@@ -72,5 +76,5 @@ def tree_cost(node: Node, folding: Folding, b: int) -> Operations | None:
 
 
 TREE_RULES = RULES | {
-    operation: Rule(rule.group, tree_cost) for operation, rule in RULES.items() if rule.cost is layer_cost
+    operation: Rule(rule.group, tree_cost, rule.named) for operation, rule in RULES.items() if rule.cost is layer_cost
 }

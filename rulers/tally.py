@@ -95,7 +95,7 @@ class Tally:
 
     `params` is the number of the network's parameters as that ruler counts them, compressed or not;
     `truncate` says whether a group's scoring parameters are cut to an integer before they are added;
-    `uncounted` lists what the totals lack.
+    `uncounted` lists what the totals lack; `by_analogy` has, by operation, the MFLOP of what the rules do not name.
     """
 
     ruler: str
@@ -104,6 +104,7 @@ class Tally:
     params: int
     truncate: bool = False
     uncounted: list[Uncounted] = field(default_factory=list)
+    by_analogy: dict[str, float] = field(default_factory=dict)
 
     def scoring_params(self, group: Group) -> float:
         """Parameters of 32 bit that hold the group's bits."""

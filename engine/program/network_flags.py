@@ -23,8 +23,8 @@ def add_model_arguments(
 ) -> argparse._ArgumentGroup:
     """Add the checkpoint's argument, and `--model`, `--dw-multps`, `--phi`, which it makes superfluous.
 
-    With `own`, `--model` also takes the user's own builder, `module:function`. With `pretrained`, the flag of that
-    name stands in for the checkpoint.
+    With `own`, `--model` also takes the user's own builder, `module:function`, which needs no checkpoint. With
+    `pretrained`, the flag of that name stands in for the checkpoint.
     """
     group = parser.add_argument_group("network")
     if pretrained:
@@ -32,12 +32,12 @@ def add_model_arguments(
         source.add_argument(checkpoint, metavar="NAME", help=description)
         source.add_argument("--pretrained", action="store_true", help="--model's published ImageNet weights instead")
     else:
-        group.add_argument(checkpoint, required=True, metavar="NAME", help=description)
+        group.add_argument(checkpoint, required=not own, metavar="NAME", help=description)
     group.add_argument(
         "--model",
         type=_own_or_known_model if own else _known_model,
         metavar="NAME",
-        help=f"one of {', '.join(ROWS)}{', or your own builder, module:function' if own else ''}; "
+        help=f"one of {', '.join(ROWS)}{', or your own module:function or file.py:function' if own else ''}; "
         "the checkpoint knows, and a contradiction is an error",
     )
     group.add_argument(

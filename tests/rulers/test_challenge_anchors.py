@@ -100,7 +100,7 @@ def resolutions(network: nn.Module, size: int) -> dict[str, tuple[int, int]]:
     for node in trace(network, size):
         if node.operation == "convolution":
             heights = node.arguments["input"].shape[2], node.output.shape[2]
-            found[node.arguments["weight"].stored.removesuffix(".weight")] = heights
+            found[node.arguments["weight"].stored.name.removesuffix(".weight")] = heights
     return found
 
 
