@@ -35,7 +35,7 @@ class Wanted:
 
     spec: Spec
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    shapes: list | None = None
+    shapes: list[Any] | None = None
 
     @property
     def builder(self) -> str | None:
@@ -66,13 +66,13 @@ def _reason(error: Exception) -> str:
     return text if plain and text else f"{type(error).__name__}: {text}"
 
 
-def said(shapes: list) -> str:
+def said(shapes: list[Any]) -> str:
     """Shapes of inputs as `--input-shape` has them."""
     sides = (shape.shape[1:] if isinstance(shape, Tensor) else shape for shape in shapes)
     return ", ".join("x".join(map(str, shape)) for shape in sides)
 
 
-def examples(shapes: list[tuple[tuple[int, ...], str | None]]) -> list | None:
+def examples(shapes: list[tuple[tuple[int, ...], str | None]]) -> list[Any] | None:
     """What `--input-shape` asks for, as `rulers.count` takes it; None if nothing."""
     return [torch.zeros(1, *shape, dtype=getattr(torch, dtype)) if dtype else shape for shape, dtype in shapes] or None
 
@@ -116,7 +116,7 @@ def own_network(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Call the user's own `module:function`, found in the current folder or on Python's path."""
     module, _, function = builder.rpartition(":")
     try:
-        found = _module(module)
+        found: Any = _module(module)
         for name in function.split("."):
             found = getattr(found, name)
         network = found(**arguments)
@@ -146,6 +146,8 @@ def _module(name: str) -> ModuleType:
     within = [str(source.parent)] if source is package else None
     alias = f"own_{name}".replace("/", "_").replace(".", "_")
     spec = importlib.util.spec_from_file_location(alias, source, submodule_search_locations=within)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no module {name}")
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

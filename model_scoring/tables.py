@@ -87,7 +87,7 @@ def _by_analogy(tallies: dict[str, Tally]) -> str:
 
 def _uncounted(tallies: dict[str, Tally]) -> list[str]:
     """A line for each kind of operation without a rule: how often it runs, and where."""
-    lines = {}
+    lines: dict[str, None] = {}
     for tally in tallies.values():
         for kind in dict.fromkeys(entry.operation for entry in tally.uncounted):
             entries = [entry for entry in tally.uncounted if entry.operation == kind]

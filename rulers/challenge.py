@@ -95,7 +95,7 @@ def measure(graph: Graph, widths: Widths, ruler: str, rules: Mapping[str, Rule],
             key = node.operation, node.place
             uncounted.setdefault(key, Uncounted(node.operation, 0, node.place)).count += 1
         line = _line(node, graph.folding, stored.get(node, Share()))
-        if operations is not None and rule.group:
+        if rule is not None and operations is not None and rule.group:
             line.mults, line.adds = operations.mults, operations.adds
             line.tree_adds, line.tree_bits = operations.tree_adds, operations.tree_bits
             _add(lines[rule.group], line)

@@ -83,7 +83,9 @@ def _merge_batch_norms(nodes: list[Node], folding: Folding) -> None:
     for node in filter(is_batch_norm, nodes):
         before = node.arguments["input"].producer
         layer = folding.layers.get(before) or folding.merged.get(before)
-        mergeable = layer and not layer.shared and (layer.follows or layer.transposed)
+        if layer is None:
+            continue
+        mergeable = not layer.shared and (layer.follows or layer.transposed)
         if mergeable and node.arguments["input"].consumers == [node]:
             layer.norms.append(node)
             folding.merged[node] = layer
@@ -91,13 +93,11 @@ def _merge_batch_norms(nodes: list[Node], folding: Folding) -> None:
 
 def _normalized(node: Node, constants: Tensor) -> Tensor:
     """What BatchNorm makes of one value [C] per channel."""
-    mean, variance, scale, bias = (
-        None if (value := node.arguments[name]) is None else value.data.double()
-        for name in ("running_mean", "running_var", "weight", "bias")
-    )
+    mean, variance = (node.arguments[name].data.double() for name in ("running_mean", "running_var"))
+    scale, bias = (node.arguments[name] for name in ("weight", "bias"))
     eps = node.arguments["epsilon" if "epsilon" in node.arguments else "eps"]
     normal = (constants - mean) / (variance + eps).sqrt()
-    return normal * (1 if scale is None else scale) + (0 if bias is None else bias)
+    return normal * (1 if scale is None else scale.data.double()) + (0 if bias is None else bias.data.double())
 
 
 # ------------------------------------------------------------------------------------------------ constants

@@ -85,7 +85,7 @@ class _Twins(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Tensor, self.recorder.executable, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -126,10 +126,10 @@ class _Recorder(TorchDispatchMode):
     def _places(self) -> Iterator[None]:
         """Follow which module is running; torch's hooks for all modules leave the network's own alone."""
 
-        def enter(module, inputs) -> None:
+        def enter(module: nn.Module, inputs: Any) -> None:
             self._running.append(module)
 
-        def leave(module, inputs, output) -> None:
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             self._running.pop()
 
         handles = [
@@ -195,7 +195,7 @@ class _Recorder(TorchDispatchMode):
 
     # ---------------------------------------------------------------------------------------- operations
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         arguments = _by_name(function, args, kwargs or {})
         name = function._schema.name.rpartition("::")[2].removesuffix("_")
         written = [
@@ -238,9 +238,9 @@ class _Recorder(TorchDispatchMode):
             outputs.append(memory.values[region])
         for tensor in tensors_in(result):
             region = Region.of(tensor)
-            memory = self._memories.get(tensor.untyped_storage()._cdata)
-            if memory is None:
-                memory = self._enter(tensor.untyped_storage(), Memory(False, None))
+            known = self._memories.get(tensor.untyped_storage()._cdata)
+            memory = known or self._enter(tensor.untyped_storage(), Memory(False, None))
+            if known is None:
                 memory.parts.append(Value(region))
                 memory.values[region] = memory.parts[0]
             elif region in memory.values:
@@ -250,7 +250,9 @@ class _Recorder(TorchDispatchMode):
             outputs.append(memory.values[region])
         return outputs
 
-    def _execute_fixed(self, function, name: str, args, kwargs, reads: list[Tensor], written: list[Tensor]) -> Any:
+    def _execute_fixed(
+        self, function: Any, name: str, args: Any, kwargs: Any, reads: list[Tensor], written: list[Tensor]
+    ) -> Any:
         """Compute on the real values what does not depend on the image."""
         leaves, structure = tree_flatten((args, kwargs))
         shape_only = name in _SHAPE_ONLY
@@ -325,7 +327,7 @@ def _as_given(result: Any, written: list[Tensor]) -> Any:
     return written[0] if len(written) == 1 and isinstance(result, Tensor) else result
 
 
-def _on(function, kwargs: dict[str, Any], device: str) -> dict[str, Any]:
+def _on(function: Any, kwargs: dict[str, Any], device: str) -> dict[str, Any]:
     """The keyword arguments that make `function` compute on `device`, whatever the network asks for."""
     takes_device = any(argument.name == "device" for argument in function._schema.arguments)
     return {**kwargs, "device": torch.device(device)} if takes_device else kwargs
@@ -360,7 +362,7 @@ def _containing(kept: list[Stored], region: Region) -> Stored:
     return kept[0]
 
 
-def _by_name(function, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an operation by their names in its schema, defaults included."""
     arguments = {}
     for position, argument in enumerate(function._schema.arguments):

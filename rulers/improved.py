@@ -64,7 +64,7 @@ def tree_cost(node: Node, folding: Folding, b: int) -> Operations | None:
     """A convolution or linear layer; the sum over a ternary filter runs in an adder tree, a bias does not."""
     operations = layer_cost(node, folding, b)
     layer = folding.layers.get(node)
-    if layer is None or not layer.ternary or layer.transposed:
+    if operations is None or layer is None or not layer.ternary or layer.transposed:
         return operations
     summands = layer.summands[layer.live]
     return Operations(

@@ -169,8 +169,8 @@ def _layer(node: Node) -> Layer | None:
         return Layer(node, arguments["input"], weight, bias, weights.flatten(2), not transposed, transposed)
     if node.operation not in PRODUCTS:
         return None
-    left, right, bias = (arguments.get(name) for name in PRODUCTS[node.operation])
-    if left.fixed == right.fixed:
+    left, right, bias = (arguments.get(name or "") for name in PRODUCTS[node.operation])
+    if left is None or right is None or left.fixed == right.fixed:
         return None
     weight, input = (right, left) if right.fixed else (left, right)
     weights = weight.data

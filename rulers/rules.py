@@ -16,7 +16,7 @@ from math import prod
 
 from rulers.folding import BATCH_NORMS, Folding, is_batch_norm
 from rulers.layers import PRODUCTS
-from rulers.values import Node
+from rulers.values import Node, Value
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Rule:
     named: bool = True
 
 
-def _tensor(node: Node):
+def _tensor(node: Node) -> Value:
     """The tensor that an operation is about."""
     return node.arguments["input"] if "input" in node.arguments else node.arguments["self"]
 
@@ -75,7 +75,9 @@ def layer_cost(node: Node, folding: Folding, b: int) -> Operations | None:
 def _product_of_features(node: Node) -> Operations | None:
     if node.operation not in PRODUCTS:
         return None
-    left, _, bias = (node.arguments.get(name) for name in PRODUCTS[node.operation])
+    left, _, bias = (node.arguments.get(name or "") for name in PRODUCTS[node.operation])
+    if left is None:
+        return None
     n, summands = node.output.numel, left.shape[-1]
     return Operations(n * summands, n * (summands - 1) + (n if bias else 0))
 
@@ -178,7 +180,7 @@ def resampling(points: int) -> Cost:
     return per_element(points, points - 1)
 
 
-def gelu_cost(node: Node, folding: Folding, b: int) -> Operations:
+def gelu_cost(node: Node, folding: Folding, b: int) -> Operations | None:
     """x / 2 * (1 + erf(x / sqrt 2)), or its approximation by tanh of a cubic polynomial."""
     return per_element(*((8, 2) if node.arguments["approximate"] == "tanh" else (4, 1)))(node, folding, b)
 

@@ -9,6 +9,7 @@ have the bits that the largest of them needs, masks one bit an element.
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,8 +111,9 @@ def take_stock(nodes: list[Node], folding: Folding) -> Inventory:
             seen |= stored
             inventory.owners.setdefault(node, []).extend(stored)
             for one in stored:
-                same = own and one.tensor.numel() == value.numel
-                inventory.facts[one] = int(own.counts.sum()) if same else int(torch.count_nonzero(one.tensor))
+                same = own is not None and one.tensor.numel() == value.numel
+                counts = own.counts.sum() if own and same else torch.count_nonzero(one.tensor)
+                inventory.facts[one] = int(counts)
     for reads in _by_common_sources(list(computed.values())):
         sources = dict.fromkeys(source for read in reads for source in sorted(read.value.sources, key=_place))
         new = [read for source in sources if (read := coverage.read(reads[0].node, source, None))]
@@ -152,7 +154,9 @@ def shares(inventory: Inventory, folding: Folding, b: int, formats: FormatsOf) -
     return found
 
 
-def _add_direct(node: Node, reads: list[Read], folding: Folding, b: int, formats: FormatsOf, add: Callable) -> None:
+def _add_direct(
+    node: Node, reads: list[Read], folding: Folding, b: int, formats: FormatsOf, add: Callable[[Read, str, int], None]
+) -> None:
     """Add what `node` reads of the network's own tensors: a BatchNorm is a scale and a bias, or a bias if merged."""
     layer = folding.layers.get(node)
     if is_batch_norm(node):
@@ -163,19 +167,19 @@ def _add_direct(node: Node, reads: list[Read], folding: Folding, b: int, formats
     for read in reads:
         if read not in biases:
             add(read, *read.format(formats, b))
-    if biases:
-        full = not layer.norms and layer.bias.shape != (len(layer.weights),)
+    if layer and biases:
+        full = not layer.norms and layer.bias is not None and layer.bias.shape != (len(layer.weights),)
         add(biases[0], "", biases[0].format(formats, b)[1] if full else int(layer.kept.sum()) * b)
 
 
-def _place(value: Value) -> tuple:
+def _place(value: Value) -> tuple[Any, ...]:
     return value.stored.name, value.region.span, value.region.size
 
 
 class _Coverage:
     """Which elements of which memory have been read."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seen: dict[int, list[tuple[int, int, Tensor | None]]] = {}  # by memory: start, end, mask; in bytes
 
     def read(self, node: Node, value: Value, layer: Layer | None) -> Read | None:
@@ -219,7 +223,7 @@ def _by_common_sources(reads: list[Read]) -> list[list[Read]]:
     """The reads in groups, such that no stored tensor is a source of two groups."""
     groups: list[tuple[set[Hashable], list[Read]]] = []
     for read in reads:
-        keys, members = {source.key for source in read.value.sources}, []
+        keys, members = {source.key for source in read.value.sources}, list[Read]()
         apart = []
         for others, group in groups:
             if keys & others:

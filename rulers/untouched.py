@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ def untouched_randomness() -> Iterator[None]:
 
 
 def _restorations(network: nn.Module) -> Iterator[Callable[[], None]]:
-    found, seen = [network], set()
+    found: list[Any] = [network]
+    seen = set()
     while found:
         thing = found.pop()
         if isinstance(thing, _ATOMS) or id(thing) in seen:
@@ -61,7 +63,7 @@ def _restorations(network: nn.Module) -> Iterator[Callable[[], None]]:
             found.append(attributes)
 
 
-def _of_container(thing: dict | list | deque | set, contents: dict | list | set, refill: Callable) -> Callable:
+def _of_container(thing: Any, contents: Any, refill: Callable[[Any], object]) -> Callable[[], None]:
     def restore() -> None:
         thing.clear()
         refill(contents)

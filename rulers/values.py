@@ -23,7 +23,7 @@ class Region:
     @classmethod
     def of(cls, tensor: Tensor) -> "Region":
         stride = tuple(step if n > 1 else 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        return cls(tensor.dtype, tuple(tensor.shape), stride, tensor.storage_offset())
+        return cls(tensor.dtype, tuple(tensor.shape), stride, int(tensor.storage_offset()))
 
     def on(self, storage: UntypedStorage) -> Tensor:
         """The tensor at this region of `storage`."""
@@ -58,7 +58,7 @@ class Memory:
 
     fixed: bool
     key: Hashable
-    storage: UntypedStorage | None = None
+    storage: Any = None  # an UntypedStorage
     shapes: UntypedStorage | None = None
     kept: list[Stored] = field(default_factory=list)
     sources: "frozenset[Value]" = frozenset()
@@ -79,16 +79,16 @@ class Value:
     region: Region
     fixed: bool = False
     key: Hashable = None
-    storage: UntypedStorage | None = None
-    stored: Stored | None = None
+    storage: Any = None  # an UntypedStorage
+    stored: Any = None  # a Stored
     sources: "frozenset[Value]" = frozenset()
     producer: "Node | None" = None
     consumers: "list[Node]" = field(default_factory=list)
 
     @property
-    def data(self) -> Tensor | None:
-        """Its values, if it is fixed."""
-        return self.region.on(self.storage) if self.fixed else None
+    def data(self) -> Tensor:
+        """Its values; it must be fixed."""
+        return self.region.on(self.storage)
 
     @property
     def shape(self) -> Shape:
