@@ -5,10 +5,10 @@ operations              26.05M    multiplications of 16 bit, additions of 32 bit
 """
 
 import pytest
-from kaist import MaskedConv, MaskedLinear, entry
 from torch import nn
 
 import rulers
+from helpers.kaist import MaskedConv, MaskedLinear, entry
 from rulers.tally import TASKS, Tally
 
 
