@@ -46,7 +46,9 @@ class Preprocessing:
 
 
 OF_CIFAR_NETWORKS = Preprocessing(lambda size: size * 8 // 7, "bilinear", IMAGENET, CIFAR)
-OF_EFFICIENTNETS = Preprocessing(lambda size: size, "bicubic", IMAGENET, IMAGENET)  # as the 2019 programs evaluated
+# as the 2019 programs evaluated photographs
+OF_MICRONETS = Preprocessing(lambda size: size, "bicubic", IMAGENET, CIFAR)
+OF_EFFICIENTNETS = Preprocessing(lambda size: size, "bicubic", IMAGENET, IMAGENET)
 # a crop that leaves 16 px off each side: EfficientNet-Lite's published evaluation
 OF_LITES = Preprocessing(lambda size: size + 32, "bicubic", SYMMETRIC, SYMMETRIC)
 
@@ -112,6 +114,7 @@ def _micronet(name: str, image_size: int) -> Row:
         fingerprint=Fingerprint(
             "linear.weight", has=("layer1.0.bn3.weight",), arguments="model.micronet:multipliers_of"
         ),
+        preprocessing=OF_MICRONETS,
         image_size=image_size,
     )
 

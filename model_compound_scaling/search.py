@@ -18,7 +18,7 @@ from engine.program.report import say, table, with_unit
 from engine.store.checkpoint import copy
 from engine.store.run_folder import Record, Run, resume_from
 from engine.training import derived_seed
-from model import Spec, build
+from model import Spec, build, row_of
 from model.micronet import MicroNet
 from model_compound_scaling.training import Recipe, Scratch
 
@@ -37,6 +37,7 @@ def run(args: Namespace) -> int:
         batch_size=args.batch_size,
         val_batch_size=args.val_batch_size,
         workers=args.workers,
+        preprocessing=row_of("imagenet_micronet").preprocessing,
     )
     data = load_data(request, machine.device)
     save_dir, recipes = Path(args.save_dir), [recipe_of(d, w, data, args) for d, w in points]

@@ -16,6 +16,7 @@ from engine.program.arguments import (
     positive_int,
     positive_share,
     switch,
+    truth,
 )
 from engine.program.network_flags import add_model_arguments
 
@@ -43,7 +44,11 @@ def parser() -> Parser:
     """Build the parser; defaults are those of the 2019 program, unless the checkpoint says otherwise."""
     parser = Parser(prog="run_quantization.py", description=DESCRIPTION, epilog=EPILOG)
     add_model_arguments(
-        parser, "--model-dict", f"full-precision checkpoint: a path, or a file name in {FP_MODELS}", pretrained=True
+        parser,
+        "--model-dict",
+        "MicroNet_d14_w12_phi35_acc8146_params8_06m.th",
+        f"full-precision checkpoint: a path, or a file name in {FP_MODELS}",
+        pretrained=True,
     )
 
     sweep = parser.add_argument_group("sweep")
@@ -89,7 +94,7 @@ def parser() -> Parser:
         metavar="I/N",
         help="run every N-th pair from the I-th on: N machines share a sweep, each table shows what all have finished",
     )
-    sweep.add_argument("--do-prune", action="store_true", help="prune instead; ternary layers stay fixed")
+    switch(sweep, "do-prune", False, "prune instead; ternary layers stay fixed")
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=nonnegative_int, default=20, help="epochs of ternarization")
@@ -117,5 +122,13 @@ def parser() -> Parser:
     )
     add_machine_arguments(parser)
     runs = add_run_arguments(parser, "model_quantization/saved_models")
-    runs.add_argument("--plot-ternarization", action="store_true", help="draw each pair's clusters, accuracy, zeros")
+    runs.add_argument(
+        "--plot-ternarization",
+        type=truth,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="True|False",
+        help="draw each pair's clusters, centroids, accuracy and zeros over the epochs",
+    )
     return parser

@@ -15,6 +15,7 @@ from engine.program.network_flags import add_model_arguments
 from rulers import RULERS
 
 T_MODELS = "model_scoring/trained_t_models"
+T_MODEL = "best_ternary_cifar_micronet.pt"  # unless the user says another
 SAVED_LAYERS = "model_scoring/saved_layers"
 DESCRIPTION = """\
 Score a network by the rules of the MicroNet Challenge (2019): parameters and operations relative to the task's
@@ -53,7 +54,11 @@ def parser() -> Parser:
     """Build the parser; defaults are those of the 2019 program, unless the checkpoint or the ruler says otherwise."""
     parser = Parser(prog="run_scoring.py", description=DESCRIPTION, epilog=EPILOG)
     network = add_model_arguments(
-        parser, "--t-model", f"the checkpoint or packed file to score: a path, or a file name in {T_MODELS}", own=True
+        parser,
+        "--t-model",
+        T_MODEL,
+        f"the checkpoint or packed file to score: a path, or a file name in {T_MODELS}",
+        own=True,
     )
     network.add_argument(
         "--model-args",
@@ -102,8 +107,8 @@ def parser() -> Parser:
     evaluation.add_argument("--val-batch-size", type=positive_int, default=256, help="validation images a step")
 
     export = parser.add_argument_group("export")
-    export.add_argument("--save", action="store_true", help=f"write each ternary layer as masks into {SAVED_LAYERS}")
-    export.add_argument("--pt-sparse", action="store_true", help="write them as sparse COO tensors instead")
+    switch(export, "save", False, f"write each ternary layer as masks into {SAVED_LAYERS}")
+    switch(export, "pt-sparse", False, "write them as sparse COO tensors instead")
     export.add_argument("--pack", metavar="FILE", help="write the network as a small .safetensors file")
     export.add_argument("--unpack", metavar="FILE", help="write the network as a .pt checkpoint")
 

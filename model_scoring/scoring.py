@@ -21,7 +21,7 @@ from engine.store.checkpoint import Checkpoint, find
 from engine.store.files import write_text
 from model import Spec, row_of
 from model.identify import describe
-from model_scoring.arguments import T_MODELS
+from model_scoring.arguments import T_MODEL, T_MODELS
 from model_scoring.export import Exports, export
 from model_scoring.networks import Wanted, examples, load, running, said
 from model_scoring.pruning import prune_depthwise
@@ -120,9 +120,9 @@ def checked_path(args: Namespace, wanted: Wanted) -> Path | None:
         raise UserError("--model-args are for a builder of your own; pass --model module:function")
     if args.eval and wanted.shapes:
         raise UserError("--eval is for images; pass --image-size, or leave --input-shape out")
-    if args.t_model or wanted.builder:
-        return find(args.t_model, Path(T_MODELS)) if args.t_model else None
-    raise UserError("the following arguments are required: --t-model (or --model with a builder of your own)")
+    if wanted.builder and not args.t_model:
+        return None
+    return find(args.t_model or T_MODEL, Path(T_MODELS))
 
 
 def load_before(name: str, wanted: Wanted, image_size: int | None) -> Loaded:

@@ -81,6 +81,13 @@ percent = _number(float, lambda v: 0 <= v <= 100, "a number from 0 to 100")
 positive_share = _number(float, lambda v: 0 < v <= 1, "a number above 0, and at most 1")
 
 
+def truth(text: str) -> bool:
+    """Parse `True` or `False`, in any case, or 1 or 0."""
+    if (lower := text.lower()) not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
+    return lower in ("true", "1")
+
+
 def add_data_arguments(parser: Parser, dataset: str, image_size: str) -> argparse._ArgumentGroup:
     """Add `--dataset`, `--data-path` and `--image-size`; the other arguments say what the defaults are."""
     group = parser.add_argument_group("data")

@@ -19,20 +19,21 @@ def _own_or_known_model(text: str) -> str:
 
 
 def add_model_arguments(
-    parser: Parser, checkpoint: str, description: str, own: bool = False, pretrained: bool = False
+    parser: Parser, checkpoint: str, default: str, description: str, own: bool = False, pretrained: bool = False
 ) -> argparse._ArgumentGroup:
     """Add the checkpoint's argument, and `--model`, `--dw-multps`, `--phi`, which it makes superfluous.
 
-    With `own`, `--model` also takes the user's own builder, `module:function`, which needs no checkpoint. With
+    `default` is the checkpoint of 2019; with `own`, the caller takes it where no builder is given. With `own`,
+    `--model` also takes the user's own builder, `module:function`, which needs no checkpoint. With
     `pretrained`, the flag of that name stands in for the checkpoint.
     """
     group = parser.add_argument_group("network")
     if pretrained:
-        source = group.add_mutually_exclusive_group(required=True)
-        source.add_argument(checkpoint, metavar="NAME", help=description)
+        source = group.add_mutually_exclusive_group()
+        source.add_argument(checkpoint, default=default, metavar="NAME", help=description)
         source.add_argument("--pretrained", action="store_true", help="--model's published ImageNet weights instead")
     else:
-        group.add_argument(checkpoint, required=not own, metavar="NAME", help=description)
+        group.add_argument(checkpoint, metavar="NAME", help=f"{description} (default: {default}, or a builder's own)")
     group.add_argument(
         "--model",
         type=_own_or_known_model if own else _known_model,

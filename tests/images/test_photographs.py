@@ -101,7 +101,12 @@ def test_the_centre_of_a_photograph_is_seen(make_folders):
     for file in path.rglob("*.png"):
         photograph.save(file)
     # of the shorter side that the crop shows
-    for model, share in (("imagenet_micronet", 7 / 8), ("efficientnet-b4", 1), ("efficientnet-lite1", 56 / 88)):
+    for model, share in (
+        ("resnet20", 7 / 8),
+        ("imagenet_micronet", 1),
+        ("efficientnet-b4", 1),
+        ("efficientnet-lite1", 56 / 88),
+    ):
         data = load(path, "ImageNet", image_size=56, preprocessing=row_of(model).preprocessing)
         images, _ = next(data.val_batches())
         red = (images[0, 0] > 0).float().mean().sqrt().item()

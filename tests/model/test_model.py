@@ -166,6 +166,19 @@ def test_stem_and_classifier(tiny):
     torch.testing.assert_close(tiny(images), pooled @ tiny.linear.weight.T + tiny.linear.bias)
 
 
+def test_micronets_weights_begin_as_in_2019():
+    """Kaiming normal by the fan-in, of the classifier too: 2 / (27 inputs) and 2 / (120 inputs)."""
+    network = build({"name": "cifar_micronet", "depth": 1.4**3.5 / 23, "width": 1.2**3.5, "num_classes": 100})
+    stds = {
+        "conv1.weight": (2 / 27) ** 0.5,  # 0.27; drawn in 2019: .263
+        "layer1.0.conv1.weight": (2 / (32 * 9)) ** 0.5,
+        "layer2.0.shortcut.0.weight": (2 / 32) ** 0.5,
+        "linear.weight": (2 / 120) ** 0.5,  # 0.13
+    }
+    drawn = {name: network.get_parameter(name).std().item() for name in stds}
+    assert drawn == pytest.approx(stds, rel=0.05)
+
+
 def test_resnet20_pads_new_channels_with_zeros_on_both_sides():
     block = build({"name": "resnet20"}).layer2[0]
     x = torch.randn(2, 16, 8, 8)

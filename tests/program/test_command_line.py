@@ -19,6 +19,7 @@ from helpers.programs import PROGRAMS, run_apart, run_here, script, start
 from model import build
 from model_compound_scaling.arguments import parser as scaling_parser
 from model_quantization.arguments import parser as quantization_parser
+from model_scoring.arguments import T_MODEL
 from model_scoring.arguments import parser as scoring_parser
 
 # ------------------------------------------------------------------------------------- good command lines
@@ -84,6 +85,11 @@ COMMANDS_OF_2019 = [
         "run_scoring.py --no-halfprecision --t-model best_ternary_imagenet_micronet.pt --image-size 200 --no-cuda",
         {"halfprecision": False, "t_model": "best_ternary_imagenet_micronet.pt", "image_size": 200, "cuda": False},
     ),
+    ("run_scoring.py --no-save --no-pt-sparse --no-eval --cuda", {"save": False, "pt_sparse": False, "eval": False}),
+    ("run_scoring.py --save --pt-sparse", {"save": True, "pt_sparse": True}),
+    ("run_quantization.py --plot-ternarization True", {"plot_ternarization": True, "do_prune": False}),
+    ("run_quantization.py --plot-ternarization False --no-eval", {"plot_ternarization": False, "eval": False}),
+    ("run_quantization.py --plot-ternarization --do-prune", {"plot_ternarization": True, "do_prune": True}),
 ]
 
 
@@ -99,11 +105,13 @@ def test_defaults_of_2019():
     scaling = scaling_parser().parse_args([])
     assert (scaling.grid, scaling.phi, scaling.epochs, scaling.batch_size) == ([1.4, 1.2], 3.5, 200, 256)
     assert (scaling.lr, scaling.momentum, scaling.weight_decay, scaling.data_path) == (0.1, 0.9, 5e-4, "../data")
-    quantization = quantization_parser().parse_args(["--model-dict", "x"])
+    quantization = quantization_parser().parse_args([])
+    assert quantization.model_dict == "MicroNet_d14_w12_phi35_acc8146_params8_06m.th"
     assert quantization.ini_c_divrs == [0.15, 0.3, 0.5] and quantization.lambda_max_divrs == [0.125, 0.15, 0.175]
     assert (quantization.epochs, quantization.retrain_epochs) == (20, 15)
     assert (quantization.lr, quantization.lr2, quantization.weight_decay) == (1e-4, 1e-5, 5e-6)
-    scoring = scoring_parser().parse_args(["--t-model", "x"])
+    scoring = scoring_parser().parse_args([])
+    assert scoring.t_model is None and T_MODEL == "best_ternary_cifar_micronet.pt"
     assert (scoring.halfprecision, scoring.mul_bits, scoring.prune_threshold) == (True, 16, 1.0)
     assert scoring.cuda and not scoring.eval
 

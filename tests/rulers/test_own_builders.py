@@ -74,8 +74,8 @@ def test_torchvision_as_it_is_built(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("", "required: --t-model .or --model with a builder"),
-        ("--model resnet20", "required: --t-model"),
+        ("", "no file 'best_ternary_cifar_micronet.pt'"),
+        ("--model resnet20", "no file 'best_ternary_cifar_micronet.pt'"),
         ("--model nets/no.py:net", "FileNotFoundError: no file nets/no.py; it must name a function"),
         ("--model model:nothing", "no attribute 'nothing'"),
         ("--model model:net --model-args classes=3", "unexpected keyword argument 'classes'.*takes these arguments"),
