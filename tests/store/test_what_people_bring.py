@@ -421,7 +421,7 @@ def test_plain_safetensors_are_read_like_any(suffix, dtype, tensors, tmp_path):
     found = read_network(path)
     assert found.spec == TINY
     assert torch.equal(found.network().conv1.weight, tensors["conv1.weight"].to(dtype).float())
-    assert networks.load(path, {}, None)[0].spec == TINY
+    assert networks.load(path, networks.Wanted({}), None)[0].spec == TINY
 
 
 @pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: d[:40], lambda d: d[:9], lambda d: d + b"x"])
@@ -466,11 +466,11 @@ def mnasnet():
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A function that reads what is saved of `Own`, changed, as the user's own network."""
-    monkeypatch.setattr(networks, "own_network", lambda builder: globals()[builder.partition(":")[2]]())
+    monkeypatch.setattr(networks, "own_network", lambda builder, arguments: globals()[builder.partition(":")[2]]())
 
     def load(content: object, builder: str = "Own", path: Path = tmp_path / "x.pt") -> nn.Module:
         torch.save(content, path)
-        return networks.load(path, {"name": f"mine:{builder}"}, 64)[1]
+        return networks.load(path, networks.Wanted({"name": f"mine:{builder}"}), 64)[1]
 
     return load
 
@@ -497,7 +497,7 @@ def test_mnasnet_of_torchvision(own, tmp_path):
     network, image = mnasnet().eval(), torch.randn(1, 3, 64, 64)
     assert torch.equal(own(network.state_dict(), "mnasnet")(image), network(image))
     save_file(network.state_dict(), tmp_path / "x.safetensors")
-    found = networks.load(tmp_path / "x.safetensors", {"name": "mine:mnasnet"}, 64)[1]
+    found = networks.load(tmp_path / "x.safetensors", networks.Wanted({"name": "mine:mnasnet"}), 64)[1]
     assert torch.equal(found(image), network(image))
 
 
