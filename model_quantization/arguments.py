@@ -51,6 +51,29 @@ def parser() -> Parser:
         pretrained=True,
     )
 
+    _add_sweep_arguments(parser)
+    _add_training_arguments(parser)
+    add_data_arguments(
+        parser,
+        dataset="the checkpoint's, else CIFAR100",
+        image_size="the checkpoint's, else 200 for ImageNet, 32 for the known small images, else their own; "
+        "EfficientNets train at this size, and are validated and counted on photographs of their own",
+    )
+    add_machine_arguments(parser)
+    runs = add_run_arguments(parser, "model_quantization/saved_models")
+    runs.add_argument(
+        "--plot-ternarization",
+        type=truth,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="True|False",
+        help="draw each pair's clusters, centroids, accuracy and zeros over the epochs",
+    )
+    return parser
+
+
+def _add_sweep_arguments(parser: Parser) -> None:
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument(
         "--ini-c-divrs",
@@ -96,6 +119,8 @@ def parser() -> Parser:
     )
     switch(sweep, "do-prune", False, "prune instead; ternary layers stay fixed")
 
+
+def _add_training_arguments(parser: Parser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=nonnegative_int, default=20, help="epochs of ternarization")
     training.add_argument("--retrain-epochs", type=nonnegative_int, default=15, help="epochs with frozen assignment")
@@ -113,22 +138,3 @@ def parser() -> Parser:
         "--weight-decay", type=nonnegative_float, default=5e-6, help="L2 penalty of the parameters that stay dense"
     )
     switch(training, "eval", False, "evaluate the full-precision network first")
-
-    add_data_arguments(
-        parser,
-        dataset="the checkpoint's, else CIFAR100",
-        image_size="the checkpoint's, else 200 for ImageNet, 32 for the known small images, else their own; "
-        "EfficientNets train at this size, and are validated and counted on photographs of their own",
-    )
-    add_machine_arguments(parser)
-    runs = add_run_arguments(parser, "model_quantization/saved_models")
-    runs.add_argument(
-        "--plot-ternarization",
-        type=truth,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="True|False",
-        help="draw each pair's clusters, centroids, accuracy and zeros over the epochs",
-    )
-    return parser

@@ -78,6 +78,28 @@ def parser() -> Parser:
     )
     network.add_argument("--before", metavar="NAME", help="full-precision checkpoint to show beside it, at 32 bit")
 
+    _add_scoring_arguments(parser)
+
+    evaluation = parser.add_argument_group("evaluation")
+    switch(evaluation, "eval", False, "count the right answers on the validation images")
+    evaluation.add_argument("--val-batch-size", type=positive_int, default=256, help="validation images a step")
+
+    export = parser.add_argument_group("export")
+    switch(export, "save", False, f"write each ternary layer as masks into {SAVED_LAYERS}")
+    switch(export, "pt-sparse", False, "write them as sparse COO tensors instead")
+    export.add_argument("--pack", metavar="FILE", help="write the network as a small .safetensors file")
+    export.add_argument("--unpack", metavar="FILE", help="write the network as a .pt checkpoint")
+
+    add_data_arguments(
+        parser,
+        dataset="the checkpoint's, else ImageNet for 1000 classes, CIFAR10 for 10, CIFAR100",
+        image_size="the checkpoint's, else 32; for ImageNet networks 200 (MicroNet) or their own",
+    )
+    add_machine_arguments(parser, training=False)
+    return parser
+
+
+def _add_scoring_arguments(parser: Parser) -> None:
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument(
         "--accounting", choices=tuple(RULERS), default="challenge", help="the ruler of the detailed listing"
@@ -101,21 +123,3 @@ def parser() -> Parser:
     )
     scoring.add_argument("--strict", action="store_true", help="exit with 2 if an operation has no rule")
     scoring.add_argument("--json", metavar="FILE", help="write everything that is printed, and more, as JSON")
-
-    evaluation = parser.add_argument_group("evaluation")
-    switch(evaluation, "eval", False, "count the right answers on the validation images")
-    evaluation.add_argument("--val-batch-size", type=positive_int, default=256, help="validation images a step")
-
-    export = parser.add_argument_group("export")
-    switch(export, "save", False, f"write each ternary layer as masks into {SAVED_LAYERS}")
-    switch(export, "pt-sparse", False, "write them as sparse COO tensors instead")
-    export.add_argument("--pack", metavar="FILE", help="write the network as a small .safetensors file")
-    export.add_argument("--unpack", metavar="FILE", help="write the network as a .pt checkpoint")
-
-    add_data_arguments(
-        parser,
-        dataset="the checkpoint's, else ImageNet for 1000 classes, CIFAR10 for 10, CIFAR100",
-        image_size="the checkpoint's, else 32; for ImageNet networks 200 (MicroNet) or their own",
-    )
-    add_machine_arguments(parser, training=False)
-    return parser
