@@ -1,63 +1,26 @@
-"""No network fools the rulers: writes through views, shared and computed weights, state, odd inputs and outputs."""
+"""No network fools the rulers: writes through views, shared and computed weights, state."""
 
 import copy
 import doctest
-from collections import namedtuple
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import rulers
+from helpers.own_networks import FULL, ONE_BIT, PRODUCTS, Net, drawn, mults, values
 from rulers.challenge import count
 from rulers.improved import count as count_improved
-from rulers.tally import Tally, Widths
-
-FULL = Widths(32, 32, 32)
-ONE_BIT = Widths(1, 1, 1)
 
 
 def test_the_example_of_the_library_call():
     assert doctest.testmod(rulers) == (0, 7)
 
 
-class Net(nn.Module):
-    """The modules and tensors that are given, and a forward function of them and of the input."""
-
-    def __init__(self, forward, **members):
-        super().__init__()
-        self.function = forward
-        for name, member in members.items():
-            if isinstance(member, Tensor) and not isinstance(member, nn.Parameter):
-                self.register_buffer(name, member)
-            else:
-                setattr(self, name, member)
-
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
-
-
-def drawn(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def values(tally: Tally) -> float:
-    """Stored values of 32 bit."""
-    return sum(group.total("bits") for group in tally.groups) / 32
-
-
-def mults(tally: Tally, *groups: str) -> float:
-    return sum(group.total("mults") for group in tally.groups if not groups or group.name in groups)
-
-
-PRODUCTS = ("convolutions", "linear layers")
 
 
 # ------------------------------------------------------------------------------------------ writes and views
@@ -351,66 +314,3 @@ def test_a_failure_leaves_the_network_as_it_was():
     assert net.v is None and net.past == [] and net.training and net.conv.weight.device.type == "cpu"
     for name, tensor in net.state_dict(keep_vars=True).items():
         assert tensor is before[name][0] and torch.equal(tensor, before[name][1]) and tensor.dtype is torch.float32
-
-
-# --------------------------------------------------------------------------------------- inputs and outputs
-
-Pair = namedtuple("Pair", "first second")
-
-
-@dataclass
-class Result:
-    logits: Tensor
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda y: (y, [y]),
-        lambda y: {"out": y},
-        lambda y: Pair(y, y),
-        Result,
-        lambda y: None,
-    ],
-)
-def test_any_output(wrap):
-    conv = nn.Conv2d(3, 4, 3)
-    conv.weight.data[1] = 0
-    tally = count(Net(lambda net, x: wrap(net.conv(x)), conv=conv), 5, ONE_BIT)
-    assert values(tally) * 32 == 108 + 4  # whoever reads the dead channel: it stays
-
-
-@pytest.mark.parametrize(
-    ("shapes", "forward"),
-    [
-        ([(4, 8), (8, 3)], lambda net, x, y: x @ y),
-        ([(4, 8), torch.zeros(1, 8, 3)], lambda net, x, y: x @ y),
-        ((4, 8), lambda net, x: x @ x.transpose(1, 2)),
-    ],
-)
-def test_several_inputs_and_products_of_features(shapes, forward):
-    tally = count(Net(forward), shapes, FULL)
-    n = 12 if len(shapes[1:]) and not isinstance(shapes[0], int) else 16
-    assert (mults(tally), values(tally)) == (n * 8, 0)
-
-
-def test_token_ids_one_channel_and_bf16():
-    tally = count(nn.Embedding(50, 8), torch.zeros(1, 7, dtype=torch.int64), FULL)
-    assert (values(tally), mults(tally)) == (400, 0)
-    assert mults(count(nn.Conv2d(1, 4, 3), (1, 28, 20), FULL)) == 36 * 26 * 18
-    tally = count(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2)).bfloat16(), 5, FULL
-    )
-    assert (mults(tally), values(tally)) == (27 * 36 + 72, 112 + 74)
-
-
-def test_lazy_modules():
-    net = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
-    tally = count(net, 5, FULL)
-    assert (mults(tally, *PRODUCTS), values(tally), tally.params) == (27 * 36 + 72, 112 + 74, 186)
-    assert isinstance(net[0], nn.LazyConv2d) and net[0].has_uninitialized_params()
-
-
-def test_a_network_without_values_is_refused():
-    with pytest.raises(ValueError, match="meta device"):
-        count(nn.Conv2d(3, 4, 3, device="meta"), 5, FULL)
