@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model import ROWS, build, named
-from model.fit import Fit, first, fit, mismatches, unwrapped
+from model.names import Fit, first, fit, mismatches, unwrapped
 from model.registry import Row, Spec
 
 

@@ -44,8 +44,8 @@ from engine.store.checkpoint import TOLD, Checkpoint, Content
 from engine.store.files import write_whole
 from engine.store.formats import PACKED as ENTRY
 from model import ROWS, Spec
-from model.fit import mismatches
 from model.identify import expected_state_dict
+from model.names import mismatches
 from model.selection import is_ternary
 from model_scoring import coding
 

@@ -65,7 +65,8 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
             f"Accuracy   {evaluation.accuracy:.2f}% ({evaluation.correct:,} of {evaluation.images:,} right{verdict}; "
             f"parameters rounded to {value} bit)"
         )
-    lines += [f"By analogy {line}" for line in [_by_analogy(tallies)] if line]
+    if by_analogy := _by_analogy(tallies):
+        lines.append(f"By analogy {by_analogy}")
     lines += [f"Uncounted  {line}" for line in _uncounted(tallies)]
     return "\n".join(lines)
 

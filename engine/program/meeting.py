@@ -16,14 +16,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, with their types
 
 from engine.program.errors import EXIT_LOST, PeerLost, UserError
 from engine.program.processes import Place
 from engine.program.report import say
+
+if TYPE_CHECKING:  # where their types are
+    from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+else:
+    from torch.distributed import PrefixStore, Store, TCPStore
 
 JOIN_PATIENCE = 300  # seconds until all processes must have come
 END_PATIENCE = 3  # seconds that an ending process leaves the others for what they have to say

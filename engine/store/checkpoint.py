@@ -2,7 +2,7 @@
 
 A checkpoint is a dict with `state_dict` (plain names) and `model` (the network's spec, see `model.build`), and
 with what the stage that wrote it adds. Bare state dicts, what other programs write around them, and wrappers'
-prefixes are read too (`model.fit`).
+prefixes are read too (`model.names`).
 """
 
 import io
@@ -27,8 +27,8 @@ from engine.program.report import say
 from engine.store import formats, torch_file
 from engine.store.files import write_whole
 from model import build
-from model.fit import Fit, first, fit
 from model.identify import OtherNetwork, expected_state_dict, identify
+from model.names import Fit, first, fit
 from model.registry import Spec
 
 SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors")

@@ -10,9 +10,9 @@ from torch import nn
 import model.identify
 from helpers.networks import TINY
 from model import ROWS, build
-from model.fit import mismatches
 from model.identify import expected_state_dict, nearest
 from model.micronet import LAYOUTS, scale_depth, scale_width
+from model.names import mismatches
 from model.selection import is_ternary, pruning_candidates, ternary_candidates
 
 CIFAR = {"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5, "num_classes": 100}

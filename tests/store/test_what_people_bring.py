@@ -24,7 +24,7 @@ from engine.store.torch_file import Inert
 from helpers.checkpoints import check_read, prefixed, refusal
 from helpers.networks import TINY
 from model import build
-from model.fit import fit
+from model.names import fit
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,8 @@ from torch import Tensor
 # attributes that torch's wrappers put in front of a network, or of a part of it
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 COUNTERS = ("total_ops", "total_params")  # which thop leaves in the networks that it counted
-AVERAGES = (
-    "ema",
-    "teacher",
-    "momentum",
-    "target",
-    "average",
-    "_k.",
-)  # parts of the names of networks that follow another
+# parts of the names of networks that follow another
+AVERAGES = ("ema", "teacher", "momentum", "target", "average", "_k.")
 
 
 @dataclass(frozen=True)
