@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.distributed as dist
 
@@ -59,14 +59,20 @@ def meet(here: Place, facts: dict[str, str]) -> list[dict[str, str]]:
                 f"each with the same command, or fewer with a smaller WORLD_SIZE"
             )
         time.sleep(PAUSE)
-    _watch(store.clone())
+    _watch(_another(store))
     return [json.loads(store.get(f"facts {i}")) for i in range(here.world_size)]
 
 
 def store_of_group() -> Store:
     """Where the processes met, for their process group."""
     assert _store is not None  # they met before
-    return PrefixStore("group", _store.clone())
+    return PrefixStore("group", _another(_store))
+
+
+def _another(store: Any) -> Store:
+    """A connection of its own to the store: one that waits holds up all that use it. (torch 2.11 lacks the type.)"""
+    clone: Store = store.clone()
+    return clone
 
 
 def _is_host(here: Place) -> bool:
@@ -141,7 +147,7 @@ def _announce(here: Place, code: int, cause: str | None) -> tuple[int, bool]:
     """Leave word that this process ends; return its exit code, and whether this process is the one that speaks."""
     global _store
     try:
-        _store = _store.clone() if _store else _reach(here, time.monotonic() + END_PATIENCE)
+        _store = _another(_store) if _store else _reach(here, time.monotonic() + END_PATIENCE)
         if cause is None:
             if code == EXIT_LOST:
                 with suppress(dist.DistError):

@@ -122,6 +122,11 @@ def load(path: Path) -> tuple[object, list[str]]:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
         except pickle.UnpicklingError as error:
+            if re.search("Can only (append to|extend) lists", str(error)):  # torch 2.11
+                raise Refused(
+                    "holds an object in the manner of a list (a deque, or a subclass of list), which this torch can't "
+                    "skip; install a newer one, or save the state_dict alone"
+                ) from None
             if "Only persistent_load of storage" in str(error):  # the source that the old format has of a module
                 raise Refused(WHOLE.format(next(iter(names), "a module"))) from None
             raise

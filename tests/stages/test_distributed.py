@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 
@@ -103,6 +105,55 @@ def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
     with pytest.raises(UserError, match="--batch-size 15 can't be shared evenly by 2 processes"):
         load_data(ImageRequest("digits", DATA_PATH, batch_size=15), torch.device("cpu"))
     load_data(ImageRequest("digits", DATA_PATH, batch_size=15, train=False), torch.device("cpu"))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts process `rank` of two which train on and on; they are gone afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [sys.executable, "-u", "run_compound_scaling.py", "--save-dir", str(tmp_path)]
+    command += "--dataset digits --image-size 8 --grid 0.14 0.5 --phi 1 --epochs 5000 --batch-size 358".split()
+    command += "--no-cuda --amp off".split()
+    started = []
+
+    def start(rank: int) -> subprocess.Popen:
+        environment = os.environ | place | {"RANK": str(rank)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen, wanted: str) -> None:
+    assert any(wanted in line for line in process.stdout), process.stderr.read()
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_waiting_for_a_process_that_never_comes_is_interrupted(start, number, code):
+    process = start(0)
+    read_until(process, "Waiting for 2 processes at 127.0.0.1:")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == code and len(said.splitlines()) == 1
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_lost_is_one_line_of_the_other(start, lost):
+    processes = [start(0), start(1)]
+    read_until(processes[0], "epoch   1/")
+    processes[lost].kill()
+    other = processes[1 - lost]
+    _, said = other.communicate(timeout=60)
+    assert other.returncode == 1 and len(said.splitlines()) == 1, said
+    assert "another process is lost" in said and "the same command" in said
 
 
 def first_of_two(monkeypatch) -> list[str]:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._weights_only_unpickler import Unpickler
 
 from engine.store.checkpoint import read_network
 from engine.store.torch_file import Inert
@@ -257,6 +258,10 @@ OBJECTS = {
 }
 
 
+LIKE_LISTS = ("deque", "list subclass", "reduced")
+SKIPS_LISTS = hasattr(Unpickler, "_check_append_target")  # torch 2.11 appends to plain lists only
+
+
 @pytest.mark.parametrize("new", [True, False], ids=["archive", "before 2020"])
 @pytest.mark.parametrize("name", OBJECTS)
 def test_objects_beside_the_weights_are_skipped(name, new, tensors, tmp_path, capsys):
@@ -265,6 +270,9 @@ def test_objects_beside_the_weights_are_skipped(name, new, tensors, tmp_path, ca
     torch.save(content, path, _use_new_zipfile_serialization=new)
     if name == "whole network" and not new:
         assert "is a whole Python object" in refusal(path)
+        return
+    if name in LIKE_LISTS and not SKIPS_LISTS:
+        assert "which this torch can't skip; install a newer one, or save the state_dict alone" in refusal(path)
         return
     found = read_network(path)
     assert all(torch.equal(found.state_dict[key], tensor) for key, tensor in tensors.items())
@@ -278,7 +286,7 @@ def test_objects_beside_the_weights_are_skipped(name, new, tensors, tmp_path, ca
 def test_subclasses_of_dict_and_list_are_read_as_plain_ones(tensors, tmp_path):
     content = {
         "state_dict": Ordered(tensors),
-        "config": Config(a=[Rows([1])]),
+        "config": Config(a=[Rows([1]) if SKIPS_LISTS else [1]]),
         "d": collections.defaultdict(list, a=[1]),
     }
     torch.save(content, tmp_path / "x.pt")
