@@ -36,8 +36,9 @@ from benchmarks.plain import plain_loader, plain_step
 from engine.device import Machine, fastest_arithmetic
 from engine.images.augment import Augmentation
 from engine.images.batches import ImagesInMemory
+from engine.objective import Objective
 from engine.program.report import table
-from engine.training import train_epoch
+from engine.training import Epoch, train_epoch
 from model import build
 
 CLASSES = 100
@@ -72,7 +73,7 @@ def our_epoch(spec: dict, images: torch.Tensor, labels: torch.Tensor, batch_size
     split = images.to(machine.device), labels.to(machine.device)
     augmentation = Augmentation(True, 4, (0.3, 0.3, 0.3, 0.075), 16)
     data = ImagesInMemory("folder", [], split, split, augmentation, batch_size, batch_size)
-    return lambda: train_epoch(runner, optimizer, data, machine, 0, "")
+    return lambda: train_epoch(runner, optimizer, data, machine, Epoch(0, ""), Objective())
 
 
 def seconds(function: Epoch, device: torch.device) -> float:

@@ -3,15 +3,18 @@
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine import distributed
 from engine.device import Machine
 from engine.images.batches import Data
-from engine.program.report import progress
+from engine.program.report import progress, say
+from engine.store.checkpoint import read_network
 
 
 class Diverged(Exception):
@@ -32,12 +35,28 @@ class Evaluation:
         return 100 * self.correct / self.images
 
 
+def dense_flop(network: nn.Module, image_size: int) -> int:
+    """FLOP of one RGB image of `image_size` px: 2 a multiply-accumulate, zero weights too; leaves evaluation mode."""
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    image = torch.zeros(1, 3, image_size, image_size, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(image)
+    return counter.get_total_flops()
+
+
 def rounded_to_16_bit(network: nn.Module) -> nn.Module:
     """A copy of `network` on the CPU with every parameter rounded to 16 bit, as half precision counts them."""
     network = copy.deepcopy(network).cpu()
     for parameter in network.parameters():
         parameter.data = parameter.data.half().float()
     return network
+
+
+def say_test(path: Path, data: Data, machine: Machine) -> None:
+    """Say a checkpoint's accuracy on the test images, if a part of the training images was held out for choosing."""
+    if data.for_test:
+        evaluation = evaluate(machine.place(read_network(path).network()), data.for_test, machine.in_32_bit())
+        say(f"{evaluation.accuracy:.2f}% of {evaluation.images:,} test images, on which nothing was chosen")
 
 
 @torch.no_grad()

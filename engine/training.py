@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,10 +13,18 @@ from engine import distributed
 from engine.device import Machine
 from engine.evaluation import Diverged
 from engine.images.batches import Data
+from engine.objective import Objective
 from engine.program import processes
 from engine.program.report import progress
 
 STEPS_BETWEEN_LOOKS = 50  # steps between two looks at the loss: each look waits for the device
+
+
+class Epoch(NamedTuple):
+    """The seed of all that is random in an epoch, and what the progress bar calls it."""
+
+    seed: int
+    description: str
 
 
 class Stepper(Protocol):
@@ -44,13 +51,14 @@ def cosine(epoch: int, epochs: int) -> float:
 
 
 def train_epoch(
-    network: nn.Module, optimizer: Stepper, data: Data, machine: Machine, seed: int, description: str
+    network: nn.Module, optimizer: Stepper, data: Data, machine: Machine, epoch: Epoch, objective: Objective
 ) -> float:
-    """Train `network` on every image once and return the mean training loss (cross-entropy, nats).
+    """Train `network` on every image once and return the mean of what `objective` measures (nats).
 
     Raises Diverged as soon as a look at the loss finds it NaN or infinite, in all processes alike.
     """
-    network.train()
+    seed, description = epoch
+    objective.start(network)
     torch.manual_seed(seed + processes.rank())
     scaler = machine.gradient_scaler()
     total = torch.zeros((), device=machine.device)
@@ -58,7 +66,7 @@ def train_epoch(
     for step, (images, labels) in enumerate(bar, start=1):
         optimizer.zero_grad()
         with machine.autocast():
-            loss = F.cross_entropy(network(images), labels)
+            loss = objective.loss(network(images), images, labels)
         scaler.scale(loss).backward()
         scaler.step(cast(Optimizer, optimizer))  # it needs no more than a Stepper has
         scaler.update()

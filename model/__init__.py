@@ -1,7 +1,8 @@
 """The networks: one row of facts each (`registry`), their builders, and which network a file holds (`identify`).
 
 A network is described by its *spec*, a plain dict with the builder's name and arguments, for example
-`{"name": "cifar_micronet", "depth": 3.25, "width": 1.89, "num_classes": 100}`. Checkpoints carry it.
+`{"name": "cifar_micronet", "depth": 3.25, "width": 1.89, "num_classes": 100}`; one of the user's own is, for example,
+`{"name": "torchvision.models:resnet18", "arguments": {"num_classes": 10}, "num_classes": 10}`. Checkpoints carry it.
 Importing this package does not import torch, so that command lines are parsed at once.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from model.own import build_own, is_own
 from model.registry import ROWS, Spec, row_of
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ def named(reference: str) -> Any:
 
 
 def build(spec: Spec) -> nn.Module:
-    """Build the network that `spec` describes, with fresh random weights; KeyError for an unknown name."""
+    """Build the network that `spec` describes, with fresh weights; KeyError for an unknown name.
+
+    One of the user's own has the weights that its builder gives it; see `model.own.build_own` for errors.
+    """
+    if is_own(spec["name"]):
+        return build_own(spec["name"], spec.get("arguments", {}))
     row = row_of(spec["name"])
     return named(row.builder)(**row.fixed, **{key: value for key, value in spec.items() if key != "name"})

@@ -167,12 +167,12 @@ ROWS: dict[str, Row] = {row.name: row for row in _ROWS}
 
 
 def row_of(name: str) -> Row:
-    """The row of the network `name`; a network of the user's own is treated as one for small images.
+    """The row of the network `name`; one of the user's own has neither patterns nor weights nor a fingerprint.
 
     KeyError for an unknown name.
     """
     if ":" in name:
-        return Row(name, family="", builder=name, fingerprint=Fingerprint(""), arguments=())
+        return Row(name, family="", builder=name, fingerprint=Fingerprint(""), arguments=(), quantize=(), prune=())
     if name not in ROWS:
         raise KeyError(f"unknown model {name!r}; known are {', '.join(ROWS)}")
     return ROWS[name]

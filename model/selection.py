@@ -1,26 +1,87 @@
-"""Which layers of a network EC2T ternarizes, and which entropy-constrained pruning prunes."""
+"""Which layers of a network are quantized or pruned: as its row says, else by type, else as patterns of names say."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from model.registry import row_of
 
 
-def ternary_candidates(network: nn.Module, model: str) -> list[str]:
-    """Names of the weights that EC2T ternarizes, in the network's order, as the row of `model` has them."""
-    return _matching(network, row_of(model).quantize)
+class NoSuchLayer(ValueError):
+    """A pattern that no layer's name matches."""
 
 
-def pruning_candidates(network: nn.Module, model: str) -> list[str]:
-    """Names of the weights that `--do-prune` prunes, in the network's order, unless they are ternary already."""
+@dataclass(frozen=True)
+class Patterns:
+    """What the user says of layers, as patterns (`fnmatch`) of the names of weights or of their modules.
+
+    Attributes:
+        layers: those that are chosen; of none, the network's own choice is taken.
+        without: those that are left out of it.
+    """
+
+    layers: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+def ternary_candidates(network: nn.Module, model: str, ran: Sequence[nn.Module] = ()) -> list[str]:
+    """Names of the weights that EC2T quantizes unless patterns say otherwise, in the network's order.
+
+    Those that the row of `model` has; of a network of the user's own the convolutions and linear layers among the
+    modules that `ran` in this order, but not the first, not the last, and no depthwise one.
+    """
+    if row_of(model).quantize:
+        return _matching(dict(network.named_parameters()), row_of(model).quantize)
+    weights = [weight for module in ran for weight in _weights(module)]
+    inner = {id(weight) for weight in weights[1:-1]} - {id(module.weight) for module in ran if is_depthwise(module)}
+    return [name for name, parameter in network.named_parameters() if id(parameter) in inner]
+
+
+def pruning_candidates(network: nn.Module, model: str, ran: Sequence[nn.Module] = ()) -> list[str]:
+    """Names of the weights that `--do-prune` prunes unless patterns say otherwise; ternary ones stay as they are."""
     weights = dict(network.named_parameters())
-    return [name for name in _matching(network, row_of(model).prune) if not is_ternary(weights[name])]
+    names = _matching(weights, row_of(model).prune) or ternary_candidates(network, model, ran)
+    return [name for name in names if not is_ternary(weights[name])]
 
 
-def _matching(network: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    names = [name for name, _ in network.named_parameters()]
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+def chosen(network: nn.Module, candidates: list[str], patterns: Patterns) -> list[str]:
+    """The names of the weights that `patterns` choose, in the network's order; NoSuchLayer where one matches none.
+
+    Without patterns these are the `candidates`; a pattern may name any parameter of more than one dimension.
+    """
+    weights = {name: p for name, p in network.named_parameters() if p.ndim > 1 and p.is_floating_point()}
+    for pattern in (*patterns.layers, *patterns.without):
+        if not _matching(weights, (pattern,)):
+            raise NoSuchLayer(f"no layer's name matches {pattern!r} (there are {', '.join(weights)})")
+    names = _matching(weights, patterns.layers) if patterns.layers else candidates
+    left_out = set(_matching(weights, patterns.without))
+    return [name for name in names if name not in left_out]
+
+
+def _matching(weights: dict[str, nn.Parameter], patterns: Sequence[str]) -> list[str]:
+    def matches(name: str) -> bool:
+        return any(fnmatchcase(name, p) or fnmatchcase(name.rpartition(".")[0], p) for p in patterns)
+
+    return [name for name in weights if matches(name)]
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    """The weights of a convolution, a linear layer or an attention, which runs its output's layer by itself."""
+    if isinstance(module, _ConvNd | nn.Linear):
+        yield module.weight
+    elif isinstance(module, nn.MultiheadAttention):
+        projections = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        yield from (weight for weight in (*projections, module.out_proj.weight) if weight is not None)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether `module` is a convolution that sees one channel at a time."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
 
 
 def is_ternary(weight: Tensor) -> bool:

@@ -8,16 +8,19 @@ from engine.program.arguments import (
     Parser,
     add_data_arguments,
     add_machine_arguments,
+    add_objective_arguments,
     add_run_arguments,
     nonnegative_float,
     nonnegative_int,
     positive_float,
     positive_int,
 )
+from engine.program.network_flags import add_network_arguments
 
 DESCRIPTION = """\
-Grid search over compound scaling: train MicroNet(d^phi, w^phi) for every pair of depth and width multipliers.
-The best network ends in SAVE_DIR/best_model.pt; every grid point keeps its own in a folder beside it.
+Grid search over compound scaling: train MicroNet(d^phi, w^phi) for every pair of depth and width multipliers; or,
+with --model or --init, train any other network in full precision.
+The best network ends in SAVE_DIR/best_model.pt; every run keeps its own in a folder beside it.
 """
 EPILOG = """\
 example: three epochs on scikit-learn's handwritten digits, no download, a few seconds each on a CPU
@@ -42,6 +45,10 @@ class _Grid(argparse.Action):
 def parser() -> Parser:
     """Build the parser; every default is that of the 2019 program."""
     parser = Parser(prog="run_compound_scaling.py", description=DESCRIPTION, epilog=EPILOG)
+    network = add_network_arguments(parser, "trained as it is, in the place of the grid", scaled=False)
+    network.add_argument(
+        "--init", metavar="FILE", help="start from this checkpoint, with a new classifier where classes differ"
+    )
     grid = parser.add_argument_group("grid")
     grid.add_argument(
         "--grid",
@@ -63,6 +70,7 @@ def parser() -> Parser:
     training.add_argument("--momentum", type=nonnegative_float, default=0.9, help="Nesterov momentum")
     training.add_argument("--weight-decay", type=nonnegative_float, default=5e-4, help="L2 penalty")
 
+    add_objective_arguments(parser, "the current folder")
     add_data_arguments(
         parser,
         dataset="CIFAR100",

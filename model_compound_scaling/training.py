@@ -10,25 +10,28 @@ from engine.evaluation import evaluate
 from engine.fit import Phase
 from engine.images.batches import Data
 from engine.images.datasets import DATASETS
+from engine.objective import Objective
 from engine.store.checkpoint import Content, network_content
 from engine.store.run_folder import Record
-from engine.training import cosine, derived_seed, load_moments, train_epoch
+from engine.training import Epoch, cosine, derived_seed, load_moments, train_epoch
 from model import Spec
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that shapes the result of a grid point (d, w), and nothing else: its run's folder is found by it.
+    """All that shapes the result of a grid point (d, w), or of the network `model`: its run's folder is found by it.
 
-    `data` is the digest of the images; `image_size` is in pixels; the others are the flags of these names.
+    `data` is the digest of the images, `init_sha256` and `teacher_sha256` are those of these files; `image_size` is in
+    pixels; the others are the flags of these names. What has a default was added later; see
+    `engine.store.run_folder.shaping`.
     """
 
     dataset: str
     data: str
     image_size: int
-    d: float
-    w: float
-    phi: float
+    d: float | None
+    w: float | None
+    phi: float | None
     epochs: int
     start_epoch: int
     batch_size: int
@@ -38,13 +41,26 @@ class Recipe:
     seed: int
     amp: str
     compile: bool
+    model: str | None = None
+    model_args: tuple[tuple[str, object], ...] = ()
+    init: str | None = None
+    init_sha256: str | None = None
+    holdout: float = 0.0
+    teacher: str | None = None
+    teacher_sha256: str | None = None
+    teacher_weight: float = 1.0
+    temperature: float = 1.0
+    freeze_batch_norm: bool = False
 
 
 class Scratch:
     """`network`, which `spec` describes, in training; a learner as `engine.fit` has it."""
 
-    def __init__(self, network: nn.Module, spec: Spec, data: Data, machine: Machine, recipe: Recipe):
+    def __init__(
+        self, network: nn.Module, spec: Spec, data: Data, machine: Machine, recipe: Recipe, objective: Objective
+    ):
         self.spec, self.data, self.machine, self.recipe = spec, data, machine, recipe
+        self.objective = objective
         self.network = machine.place(network)
         self.runner = machine.runner(self.network)
         self.amp = machine.amp
@@ -69,9 +85,8 @@ class Scratch:
         self.lr = self.initial_lr * learning_rate_factor(self.data.name, epoch, phase.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        seed = derived_seed(self.recipe.seed, epoch)
-        description = f"epoch {epoch + 1}/{phase.epochs}"
-        return train_epoch(self.runner, self.optimizer, self.data, self.machine, seed, description)
+        epoch_of_run = Epoch(derived_seed(self.recipe.seed, epoch), f"epoch {epoch + 1}/{phase.epochs}")
+        return train_epoch(self.runner, self.optimizer, self.data, self.machine, epoch_of_run, self.objective)
 
     def evaluate(self) -> dict[str, float]:
         validation = evaluate(self.network, self.data, self.machine.in_32_bit())

@@ -7,6 +7,7 @@ from engine.program.arguments import (
     Parser,
     add_data_arguments,
     add_machine_arguments,
+    add_objective_arguments,
     add_run_arguments,
     fraction,
     nonnegative_float,
@@ -21,6 +22,7 @@ from engine.program.arguments import (
 from engine.program.network_flags import add_model_arguments
 
 FP_MODELS = "model_quantization/trained_fp_models"
+FP_MODEL = "MicroNet_d14_w12_phi35_acc8146_params8_06m.th"  # unless the user says another
 DESCRIPTION = """\
 Entropy-constrained trained ternarization (EC2T): ternarize a trained network at every pair of centroid and lambda
 multipliers, then retrain with frozen assignment. The best network ends in SAVE_DIR/Ternary_best_acc.pt; every pair
@@ -46,11 +48,12 @@ def parser() -> Parser:
     add_model_arguments(
         parser,
         "--model-dict",
-        "MicroNet_d14_w12_phi35_acc8146_params8_06m.th",
+        FP_MODEL,
         f"full-precision checkpoint: a path, or a file name in {FP_MODELS}",
         pretrained=True,
     )
 
+    _add_layer_arguments(parser)
     _add_sweep_arguments(parser)
     _add_training_arguments(parser)
     add_data_arguments(
@@ -120,6 +123,25 @@ def _add_sweep_arguments(parser: Parser) -> None:
     switch(sweep, "do-prune", False, "prune instead; ternary layers stay fixed")
 
 
+def _add_layer_arguments(parser: Parser) -> None:
+    layers = parser.add_argument_group("layers")
+    layers.add_argument(
+        "--layers",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="quantize these: patterns such as 'layer1.*' of the names of weights or their modules (default: the "
+        "published ones; in a network of your own all convolutions and linear layers but the first, the last, and "
+        "depthwise ones)",
+    )
+    layers.add_argument(
+        "--except", nargs="+", default=[], dest="without", metavar="PATTERN", help="leave these out, likewise"
+    )
+    layers.add_argument(
+        "--dry-run", action="store_true", help="list the layers, and what an epoch will take, and train nothing"
+    )
+
+
 def _add_training_arguments(parser: Parser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=nonnegative_int, default=20, help="epochs of ternarization")
@@ -138,3 +160,4 @@ def _add_training_arguments(parser: Parser) -> None:
         "--weight-decay", type=nonnegative_float, default=5e-6, help="L2 penalty of the parameters that stay dense"
     )
     switch(training, "eval", False, "evaluate the full-precision network first")
+    add_objective_arguments(parser, FP_MODELS)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.images.batches import Data
 from engine.program.report import say, table
@@ -23,8 +24,11 @@ class Choice:
     threshold: float | None = None
 
 
-def compare(finished: list[tuple[Run, Record]], name: str, data: Data, choice: Choice) -> None:
-    """Compare runs by their results; write the table, the plots and the best network beside them, under `name`."""
+def compare(finished: list[tuple[Run, Record]], name: str, data: Data, choice: Choice) -> Path:
+    """Compare runs by their results; write the table, the plots and the best network beside them, under `name`.
+
+    Returns the best network's file.
+    """
     runs, results = [run for run, _ in finished], [result for _, result in finished]
     save_dir, task = runs[0].folder.parent, task_of(data.name)
     threshold = task.threshold_percent if choice.threshold is None else choice.threshold
@@ -48,6 +52,7 @@ def compare(finished: list[tuple[Run, Record]], name: str, data: Data, choice: C
         f"Best by {rule}: s {row['s']:g}, g {row['g']:g}, {row['accuracy']:.2f}%, "
         f"{row['zeros']:.2f}% zeros -> {best_path}"
     )
+    return best_path
 
 
 def read_best(run: Run, phase: str) -> Content:

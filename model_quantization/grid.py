@@ -1,27 +1,31 @@
 """The grid over centroid and lambda multipliers: every pair a run of its own, from the same checkpoint."""
 
-import hashlib
 import itertools
 from argparse import Namespace
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from engine.device import Machine, choose_machine
 from engine.distributed import barrier
-from engine.evaluation import Diverged, evaluate, rounded_to_16_bit
+from engine.evaluation import Diverged, evaluate, rounded_to_16_bit, say_test
 from engine.fit import fit
 from engine.images.batches import Data, ImageRequest, load_data
+from engine.objective import objective_of, teacher_checkpoint
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import wanted_spec
 from engine.program.processes import is_first
 from engine.program.report import say
-from engine.store.checkpoint import Checkpoint, find, read_network
+from engine.store.checkpoint import Checkpoint, as_built, find, read_network
 from engine.store.files import hold
-from engine.store.run_folder import Record, Run, resume_from
+from engine.store.run_folder import Record, Run, resume_from, shaping
 from engine.training import derived_seed
 from model import build, row_of
-from model_quantization.arguments import FP_MODELS
+from model.own import is_own
+from model.selection import Patterns
+from model_quantization.arguments import FP_MODEL, FP_MODELS
+from model_quantization.choosing import choose, say_costs, show
 from model_quantization.comparison import Choice, compare, read_best
 from model_quantization.plots import plot_ternarization
 from model_quantization.pretrained import published_weights
@@ -32,18 +36,37 @@ from rulers.tally import task_of
 
 def run(args: Namespace) -> int:
     """Run this shard's pairs of the grid; compare all finished ones; copy the best network."""
-    path = published_weights(args.model) if args.pretrained else find(args.model_dict, Path(FP_MODELS))
-    checkpoint = read_network(path, wanted_spec(args.model, args.dw_multps, args.phi))
+    checkpoint = full_precision(args)
     machine = choose_machine(args.cuda, args.amp, args.compile)
     data = load_data(request_of(checkpoint, args), machine.device)
+    checkpoint = checkpoint.run_at(data.image_size)
     checkpoint = checkpoint.with_classes(data.classes, data.name, args.data_path, derived_seed(args.seed, 0))
+    teacher = teacher_checkpoint(args.teacher, args.teacher_model, checkpoint, Path(FP_MODELS), data)
+    recipes = recipes_of(checkpoint, teacher, data, args)
+    layers = choose(checkpoint, data.image_size, recipes[0].patterns, args.do_prune)
+    not_as_published = is_own(checkpoint.spec["name"]) or recipes[0].patterns != Patterns()
+    show(checkpoint, layers, "Pruned" if args.do_prune else "Quantized", args.dry_run or not_as_published)
+    if args.dry_run:
+        say_costs(checkpoint, data, machine)
+        return 0
     if args.eval:
         network = machine.place(checkpoint.network())
         accuracy = evaluate(network, data, machine.in_32_bit()).accuracy
-        say(f"{path}: accuracy {accuracy:.2f}% before quantization")
+        say(f"{checkpoint.path}: accuracy {accuracy:.2f}% before quantization")
+    objective = objective_of(recipes[0], teacher, machine)
 
-    save_dir, recipes = Path(args.save_dir), recipes_of(checkpoint, data, args)
-    runs = [Run(save_dir, f"{path.stem}_s{recipe.s:g}_g{recipe.g:g}", asdict(recipe)) for recipe in recipes]
+    def learner(recipe: Recipe) -> Quantization:
+        return Quantization(checkpoint, layers, data, machine, recipe, objective)
+
+    return sweep(learner, recipes, data, machine, args)
+
+
+def sweep(
+    learner: Callable[[Recipe], Quantization], recipes: list[Recipe], data: Data, machine: Machine, args: Namespace
+) -> int:
+    """Run this shard's pairs; compare all finished ones."""
+    save_dir, name = Path(args.save_dir), Path(recipes[0].model_dict).stem
+    runs = [Run(save_dir, f"{name}_s{recipe.s:g}_g{recipe.g:g}", shaping(recipe)) for recipe in recipes]
     if args.resume:
         resume_from(Path(args.resume), runs)
     shard, shards = args.shard
@@ -53,22 +76,33 @@ def run(args: Namespace) -> int:
             say(f"  finished before with {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
         else:
             pair.open(resume=not args.no_resume)
-            result = run_pair(recipe, checkpoint, data, machine, pair)
+            result = run_pair(learner(recipe), pair)
         if args.plot_ternarization and is_first():
             say(f"  plot: {plot_ternarization(read_best(pair, result['phase']), pair, result)}")
     if not is_first():
         return 0
 
-    with hold(save_dir / f"{path.stem}_sweep.lock", wait=True):  # so that no shard's table lacks what another finished
+    with hold(save_dir / f"{name}_sweep.lock", wait=True):  # so that no shard's table lacks what another finished
         finished = [(pair, result) for pair in runs if (result := pair.result)]
         if finished:
-            compare(finished, path.stem, data, Choice(args.select, args.threshold))
+            best = compare(finished, name, data, Choice(args.select, args.threshold))
+            say_test(best, data, machine)
         else:
             say(f"\nShard {shard}/{shards} has no pair of this grid, and none is finished yet")
     if finished and all(result.get("diverged") for _, result in finished):
         raise UserError(f"every pair diverged, see above; try a smaller --lr than {args.lr:g}")
     say_peak_memory()
     return 0
+
+
+def full_precision(args: Namespace) -> Checkpoint:
+    """The network to quantize: of a file, or the user's own as its builder builds it."""
+    wanted = wanted_spec(args.model, args.dw_multps, args.phi, args.model_args)
+    if args.pretrained:
+        return read_network(published_weights(args.model), wanted)
+    if is_own(args.model or "") and not args.model_dict:
+        return as_built(wanted)
+    return read_network(find(args.model_dict or FP_MODEL, Path(FP_MODELS)), wanted)
 
 
 def request_of(checkpoint: Checkpoint, args: Namespace) -> ImageRequest:
@@ -85,16 +119,18 @@ def request_of(checkpoint: Checkpoint, args: Namespace) -> ImageRequest:
         workers=args.workers,
         preprocessing=row.preprocessing,
         train=args.epochs + args.retrain_epochs > 0,
+        holdout=args.holdout,
+        split=args.split,
     )
 
 
-def recipes_of(checkpoint: Checkpoint, data: Data, args: Namespace) -> list[Recipe]:
+def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, args: Namespace) -> list[Recipe]:
     """The recipe of every pair of the grid, in the order in which they run."""
     grid = list(itertools.product(args.ini_c_divrs, args.lambda_max_divrs))
     s, g = grid[0]
     first = Recipe(
         model_dict=checkpoint.path.name,
-        sha256=hashlib.sha256(checkpoint.path.read_bytes()).hexdigest(),
+        sha256=checkpoint.sha256,
         dataset=data.name,
         data=data.digest,
         image_size=data.image_size,
@@ -112,17 +148,26 @@ def recipes_of(checkpoint: Checkpoint, data: Data, args: Namespace) -> list[Reci
         seed=args.seed,
         amp=args.amp,
         compile=args.compile,
+        layers=tuple(args.layers),
+        without=tuple(args.without),
+        holdout=args.holdout,
+        teacher=args.teacher,
+        teacher_sha256=teacher.sha256 if teacher else None,
+        teacher_weight=args.teacher_weight,
+        temperature=args.temperature,
+        freeze_batch_norm=args.freeze_batch_norm,
     )
     return [replace(first, s=s, g=g) for s, g in grid]
 
 
-def run_pair(recipe: Recipe, checkpoint: Checkpoint, data: Data, machine: Machine, run: Run) -> Record:
+def run_pair(learner: Quantization, run: Run) -> Record:
     """Train and score one pair; return its result, which is then in its run too."""
+    recipe = learner.recipe
     try:
-        best = fit(Quantization(checkpoint, data, machine, recipe), recipe.phases, run)
+        best = fit(learner, recipe.phases, run)
     except Diverged as error:
         raise UserError(f"{error} before any training; take another --model-dict") from None
-    result = {"s": recipe.s, "g": recipe.g, **best, **scored(run, best, data, machine)}
+    result = {"s": recipe.s, "g": recipe.g, **best, **scored(run, best, learner.data, learner.machine)}
     result |= {"seconds": run.seconds, "peak_memory": peak_memory()}
     run.finish(result)
     return result

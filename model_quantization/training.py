@@ -9,11 +9,12 @@ from engine.device import Machine
 from engine.evaluation import evaluate
 from engine.fit import Phase
 from engine.images.batches import Data
-from engine.program.errors import UserError
+from engine.objective import Objective
 from engine.store.checkpoint import Checkpoint, Content, network_content
 from engine.store.run_folder import Record
-from engine.training import cosine, derived_seed, train_epoch
-from model.selection import is_ternary, pruning_candidates, ternary_candidates
+from engine.training import Epoch, cosine, derived_seed, train_epoch
+from model.selection import Patterns
+from model_quantization.choosing import Layers
 from model_quantization.optimizer import EC2TOptimizer
 from model_quantization.quantized_layers import TernaryLayers
 
@@ -25,7 +26,8 @@ class Recipe:
     """All that shapes the result of a pair (s, g), and nothing else: its run's folder is found by it.
 
     `model_dict` and `sha256` are name and digest of the checkpoint, `data` is the digest of the images; `image_size`
-    is in pixels; the others are the flags of these names.
+    is in pixels; `teacher_sha256` is that of the teacher's file; the others are the flags of these names. What has a
+    default was added later; see `engine.store.run_folder.shaping`.
     """
 
     model_dict: str
@@ -47,6 +49,18 @@ class Recipe:
     seed: int
     amp: str
     compile: bool
+    layers: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    holdout: float = 0.0
+    teacher: str | None = None
+    teacher_sha256: str | None = None
+    teacher_weight: float = 1.0
+    temperature: float = 1.0
+    freeze_batch_norm: bool = False
+
+    @property
+    def patterns(self) -> Patterns:
+        return Patterns(self.layers, self.without)
 
     @property
     def phases(self) -> list[Phase]:
@@ -55,27 +69,24 @@ class Recipe:
 
 
 class Quantization:
-    """The network of a checkpoint under EC2T, or under entropy-constrained pruning; a learner as `engine.fit` has it.
+    """The network of a checkpoint with its `layers` under EC2T, or under entropy-constrained pruning.
 
-    UserError where nothing is left to prune.
+    A learner as `engine.fit` has it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, data: Data, machine: Machine, recipe: Recipe):
+    def __init__(
+        self, checkpoint: Checkpoint, layers: Layers, data: Data, machine: Machine, recipe: Recipe, objective: Objective
+    ):
         self.spec, self.data, self.machine, self.recipe = checkpoint.spec, data, machine, recipe
+        self.objective, names = objective, layers.chosen
         self.network = machine.place(checkpoint.network())
-        choose = pruning_candidates if recipe.do_prune else ternary_candidates
-        names = choose(self.network, self.spec["name"])
-        if not names:
-            raise UserError(f"{checkpoint.path}: all layers that --do-prune prunes are ternary; leave it out")
         parameters = dict(self.network.named_parameters())
-        if recipe.do_prune:  # layers that are ternary already neither move nor decay
-            for name in ternary_candidates(self.network, self.spec["name"]):
-                if name not in names and is_ternary(parameters[name]):
-                    parameters.pop(name).requires_grad_(False)
+        for name in layers.fixed:
+            parameters.pop(name).requires_grad_(False)
         self.layers = TernaryLayers(self.network, names, recipe.s, recipe.g, recipe.lambda_sustain, recipe.do_prune)
         if machine.compile:
             self.layers.compile()
-        self.others = [parameter for name, parameter in parameters.items() if name not in names]
+        self.others = [p for name, p in parameters.items() if name not in names and p.requires_grad]
         self.runner = machine.runner(self.network)
         self.amp, self.initial_lr = machine.amp, recipe.lr
         self.optimizer: EC2TOptimizer
@@ -96,8 +107,8 @@ class Quantization:
         if self.recipe.schedule == "cosine":
             self.optimizer.scale_learning_rates(cosine(epoch, phase.epochs))
         seed = derived_seed(self.recipe.seed, 2 if phase.name == RETRAIN else 1, epoch)
-        description = f"{phase.name} {epoch + 1}/{phase.epochs}"
-        return train_epoch(self.runner, self.optimizer, self.data, self.machine, seed, description)
+        epoch_of_run = Epoch(seed, f"{phase.name} {epoch + 1}/{phase.epochs}")
+        return train_epoch(self.runner, self.optimizer, self.data, self.machine, epoch_of_run, self.objective)
 
     def evaluate(self) -> dict[str, float]:
         validation = evaluate(self.network, self.data, self.machine.in_32_bit())

@@ -1,7 +1,6 @@
 """The command line of `run_scoring.py`."""
 
 import argparse
-import ast
 
 from engine.program.arguments import (
     Parser,
@@ -29,16 +28,6 @@ example: score and evaluate what stage 2 left in its folder, with 16 bit values 
 """
 
 
-def _keyword(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not (equals and name.isidentifier()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as num_classes=10")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
 def _shape(text: str) -> tuple[tuple[int, ...], str | None]:
     """The sides of an input, and its type if it is said."""
     sides, _, dtype = text.partition(":")
@@ -58,15 +47,6 @@ def parser() -> Parser:
         "--t-model",
         T_MODEL,
         f"the checkpoint or packed file to score: a path, or a file name in {T_MODELS}",
-        own=True,
-    )
-    network.add_argument(
-        "--model-args",
-        nargs="+",
-        type=_keyword,
-        default=[],
-        metavar="KEY=VALUE",
-        help="arguments of your own builder, such as num_classes=10; without --t-model it is counted as it is built",
     )
     network.add_argument(
         "--input-shape",

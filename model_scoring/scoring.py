@@ -72,9 +72,8 @@ class Images:
 
 def run(args: Namespace) -> int:
     """Score the network `--t-model`."""
-    wanted = Wanted(
-        wanted_spec(args.model, args.dw_multps, args.phi), dict(args.model_args), examples(args.input_shape or [])
-    )
+    spec = wanted_spec(args.model, args.dw_multps, args.phi, args.model_args)
+    wanted = Wanted(spec, examples(args.input_shape or []))
     path = checked_path(args, wanted)
     checkpoint, network = load(path, wanted, args.image_size)
     before = load_before(args.before, wanted, args.image_size) if args.before else None
@@ -116,8 +115,6 @@ def checked_path(args: Namespace, wanted: Wanted) -> Path | None:
     """The file to score, None for the user's own network as it is built; UserError where the flags do not fit."""
     if wanted.builder and (args.pack or args.unpack):
         raise UserError(f"--model {args.model}: packed files hold built-in models only; leave --pack, --unpack out")
-    if args.model_args and not wanted.builder:
-        raise UserError("--model-args are for a builder of your own; pass --model module:function")
     if args.eval and wanted.shapes:
         raise UserError("--eval is for images; pass --image-size, or leave --input-shape out")
     if wanted.builder and not args.t_model:
@@ -127,7 +124,7 @@ def checked_path(args: Namespace, wanted: Wanted) -> Path | None:
 
 def load_before(name: str, wanted: Wanted, image_size: int | None) -> Loaded:
     """The full-precision network `--before`: of the wanted name, if any, but of any multipliers."""
-    same = {key: value for key, value in wanted.spec.items() if key == "name"}
+    same = {key: value for key, value in wanted.spec.items() if key in ("name", "arguments")}
     return load(find(name, Path(T_MODELS)), replace(wanted, spec=same), image_size)
 
 

@@ -6,7 +6,7 @@ ImageNet and its like stay on disk, and worker processes decode them.
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +35,10 @@ warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  #
 
 @dataclass
 class ImagesInMemory:
-    """A data set as uint8 `[N, 3, H, W]` and labels `[N]` on the device; `train` is None for evaluation only."""
+    """A data set as uint8 `[N, 3, H, W]` and labels `[N]` on the device; `train` is None for evaluation only.
+
+    `test` are the images that nothing is chosen on, where a part of the training images is held out as `val`.
+    """
 
     name: str
     classes: list[str]
@@ -44,6 +47,12 @@ class ImagesInMemory:
     augmentation: Augmentation
     batch_size: int
     val_batch_size: int
+    test: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def for_test(self) -> "ImagesInMemory | None":
+        """The same with the test images in place of the held-out ones."""
+        return replace(self, train=None, val=self.test, test=None) if self.test else None
 
     @property
     def image_size(self) -> int:
@@ -73,7 +82,7 @@ class ImagesInMemory:
     def digest(self) -> str:
         """What distinguishes data sets of the same name: SHA-256 of all images and labels."""
         sha = hashlib.sha256()
-        for tensor in (*(self.train or ()), *self.val):
+        for tensor in (*(self.train or ()), *self.val, *(self.test or ())):
             sha.update(tensor.cpu().numpy())
         return sha.hexdigest()
 
@@ -149,6 +158,12 @@ class ImagesOnDisk:
     device: torch.device
     digest: str
     """What distinguishes data sets of the same name: SHA-256 of all files' names and contents."""
+    test: Photographs | None = None
+
+    @property
+    def for_test(self) -> "ImagesOnDisk | None":
+        """The same with the test images in place of the held-out ones."""
+        return replace(self, train=None, val=self.test, test=None) if self.test else None
 
     @property
     def num_train_batches(self) -> int:
@@ -223,6 +238,8 @@ class ImageRequest:
         workers: processes that decode photographs.
         preprocessing: how photographs are resized, and all images normalised.
         train: read the training images too; without them, classes may lack validation images.
+        holdout: the share of each class's training images that validation is on; 0 for the validation images.
+        split: the folder with the validation images, "val" or "test"; None for the first that is there.
     """
 
     name: str
@@ -234,6 +251,8 @@ class ImageRequest:
     workers: int = 4
     preprocessing: Preprocessing = OF_CIFAR_NETWORKS
     train: bool = True
+    holdout: float = 0.0
+    split: str | None = None
 
 
 def load_data(request: ImageRequest, device: torch.device) -> Data:
@@ -244,11 +263,14 @@ def load_data(request: ImageRequest, device: torch.device) -> Data:
             f"take a multiple"
         )
     with distributed.first_process_first():
-        source = find_source(request.name, Path(request.path), request.train, threads=max(request.workers, 1))
+        threads = max(request.workers, 1)
+        source = find_source(request.name, Path(request.path), request.train, threads, request.split)
         if isinstance(source, ClassFolders) and _are_photographs(request.name, source):
             data: Data = _on_disk(request, source, device)
         else:
             data = _in_memory(request, source, device)
+        if request.holdout and request.train:
+            data = _holding_out(data, request.holdout)
         if data.train and data.num_train_images < processes.world_size():
             raise UserError(
                 f"{request.path}: {data.num_train_images} training images can't be shared by {processes.world_size()} "
@@ -259,6 +281,36 @@ def load_data(request: ImageRequest, device: torch.device) -> Data:
     for caution in (*_cautions(data), *_cautions_of_sizes(request, source, data)):
         say(f"WARNING: {caution}")
     return data
+
+
+def _holding_out(data: Data, share: float) -> Data:
+    """The data set with a part of each class's training images in the place of the validation images.
+
+    It depends on the labels alone, so that runs with other seeds choose on the same images. UserError where a class
+    has fewer than two images.
+    """
+    assert data.train
+    if isinstance(data, ImagesInMemory):
+        images, labels = data.train
+        held = held_out(labels.cpu(), share, data.classes).to(labels.device)
+        return replace(data, train=(images[~held], labels[~held]), val=(images[held], labels[held]), test=data.val)
+    files = data.train.files
+    held = held_out(torch.tensor([label for _, label in files]), share, data.classes)
+    kept, chosen = ([files[i] for i in part.nonzero().flatten().tolist()] for part in (~held, held))
+    return replace(data, train=replace(data.train, files=kept), val=replace(data.val, files=chosen), test=data.val)
+
+
+def held_out(labels: Tensor, share: float, classes: Sequence[str]) -> Tensor:
+    """Which of the images with `labels` `[N]` are held out: booleans `[N]`, of each class `share`, but at least one."""
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(classes):
+        indices = (labels == label).nonzero().flatten()
+        if len(indices) < 2:
+            raise UserError(f"--holdout: {len(indices)} training images of {name} are too few to hold one out")
+        number = min(max(1, round(share * len(indices))), len(indices) - 1)
+        held[indices[torch.randperm(len(indices), generator=generator)[:number]]] = True
+    return held
 
 
 def _are_photographs(name: str, source: ClassFolders) -> bool:
@@ -312,10 +364,12 @@ def _in_memory(request: ImageRequest, source: Source, device: torch.device) -> I
 
 def describe(data: Data) -> str:
     """Say how many classes and images there are, and how large they are."""
-    images = f"{data.num_val_images:,} validation images of {data.val_image_size} px"
+    images = f"{data.num_val_images:,} {'held-out' if data.test else 'validation'} images of {data.val_image_size} px"
     if data.train:
         size = "" if data.image_size == data.val_image_size else f" of {data.image_size} px"
         images = f"{data.num_train_images:,} training images{size} and {images}"
+    if data.for_test:
+        images += f", and {data.for_test.num_val_images:,} test images"
     return f"{len(data.classes):,} classes, {images}"
 
 

@@ -23,19 +23,20 @@ LISTED = 3  # names in a line that says what is left out
 Identity = tuple[int, int]  # of a folder: device and inode
 
 
-def class_folders(path: Path, with_train: bool) -> tuple[Path, Path] | None:
+def class_folders(path: Path, with_train: bool, split: str | None = None) -> tuple[Path, Path] | None:
     """The training and the validation folder under `path`, checked to hold the same classes; None if not there.
 
-    Where there is only a validation folder, and only that is wanted, it stands for both.
+    Where there is only a validation folder, and only that is wanted, it stands for both. `split` is "val" or "test",
+    the validation folder's name; None for the first that is there.
     """
-    train, val = path / "train", val_folder(path)
+    train, val = path / "train", val_folder(path, split)
     if val is None or (with_train and not train.is_dir()):
         return None
     splits = (train, val) if train.is_dir() else (val, val)
-    names = [class_names(split) for split in splits]
-    for split, classes in zip(splits, names, strict=True):
+    names = [class_names(folder) for folder in splits]
+    for folder, classes in zip(splits, names, strict=True):
         if not classes:
-            raise UserError(f"{split}: holds no class folders; put each class's images in a folder of its own")
+            raise UserError(f"{folder}: holds no class folders; put each class's images in a folder of its own")
     if different := sorted(set(names[0]) ^ set(names[1])):
         there, lacking = (train, val) if different[0] in names[0] else (val, train)
         if twin := _twin(different[0], set(different[1:]) - set(names[there is val])):
@@ -47,11 +48,16 @@ def class_folders(path: Path, with_train: bool) -> tuple[Path, Path] | None:
             f"{train} and {val} hold different classes ({len(names[0])} and {len(names[1])}; "
             f"{printable(different[0])} is missing in {lacking}); make them the same"
         )
+    if (path / "val").is_dir() and (path / "test").is_dir():
+        unused = "test" if val.name == "val" else "val"
+        say(f"{path}: validation on {val.name}/, {unused}/ is not used (--split {unused} takes that)")
     return splits
 
 
-def val_folder(path: Path) -> Path | None:
-    return next((folder for folder in (path / "val", path / "test") if folder.is_dir()), None)
+def val_folder(path: Path, split: str | None = None) -> Path | None:
+    """The folder with the validation images: `split`, or the first of val/ and test/ that is there."""
+    folders = [path / name for name in ([split] if split else ["val", "test"])]
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def composed(name: str) -> str:

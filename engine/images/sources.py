@@ -35,7 +35,7 @@ class Source(Protocol):
     def read(self, split: str, size: int) -> tuple[Tensor, Tensor]: ...
 
 
-def find_source(name: str, path: Path, with_train: bool, threads: int) -> Source:
+def find_source(name: str, path: Path, with_train: bool, threads: int, split: str | None = None) -> Source:
     """The data set `name` in `path`; UserError where it is missing, empty or damaged.
 
     Folders and `.npz` files in `path` go before what the name stands for.
@@ -43,6 +43,7 @@ def find_source(name: str, path: Path, with_train: bool, threads: int) -> Source
     Args:
         with_train: the training split is wanted too; without it, classes may lack images.
         threads: how many decode small images of class folders.
+        split: the folder with the validation images, "val" or "test"; None for the first that is there.
     """
     facts = DATASETS[name]
     if facts.source == "scikit-learn":
@@ -52,8 +53,10 @@ def find_source(name: str, path: Path, with_train: bool, threads: int) -> Source
                 f"pass --dataset folder for the images there"
             )
         return Digits()
-    if splits := class_folders(path, with_train):
+    if splits := class_folders(path, with_train, split):
         return ClassFolders(*splits, with_train, threads)
+    if split:
+        raise UserError(f"{path}: no {split}/ with one folder a class; leave --split out")
     if facts.photographs != "always" and (files := find_arrays(path, with_train)):
         return ArrayFiles(*files)
     if facts.source == "folder":

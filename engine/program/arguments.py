@@ -88,8 +88,8 @@ def truth(text: str) -> bool:
     return lower in ("true", "1")
 
 
-def add_data_arguments(parser: Parser, dataset: str, image_size: str) -> argparse._ArgumentGroup:
-    """Add `--dataset`, `--data-path` and `--image-size`; the other arguments say what the defaults are."""
+def add_data_arguments(parser: Parser, dataset: str, image_size: str, training: bool = True) -> argparse._ArgumentGroup:
+    """Add the arguments that say which images are wanted; `dataset` and `image_size` say what the defaults are."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
@@ -104,6 +104,18 @@ def add_data_arguments(parser: Parser, dataset: str, image_size: str) -> argpars
         help="folder with train/ and val/ or test/ class folders, Tiny-ImageNet-200 as it comes, .npz files, or where "
         "torchvision keeps or downloads the set",
     )
+    group.add_argument(
+        "--split", choices=("val", "test"), help="the validation images, where both folders are there (default: val)"
+    )
+    if training:
+        group.add_argument(
+            "--holdout",
+            type=fraction,
+            default=0.0,
+            metavar="SHARE",
+            help="choose epochs and networks on this share of each class's training images, and report the validation "
+            "images once, at the end (default: choose on the validation images, as published)",
+        )
     group.add_argument("--image-size", type=_pixels, metavar="PX", help=f"side in pixels (default: {image_size})")
     return group
 
@@ -121,6 +133,30 @@ def add_machine_arguments(parser: Parser, training: bool = True) -> argparse._Ar
             help="mixed precision: bfloat16 or float16, what the hardware is fastest in, or 32 bit throughout",
         )
         switch(group, "compile", False, "compile the network with torch.compile: slow start, faster steps")
+    return group
+
+
+def add_objective_arguments(parser: Parser, folder: str) -> argparse._ArgumentGroup:
+    """Add the arguments that say what training minimises; `folder` is where a teacher's bare file name is looked up."""
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--teacher",
+        metavar="NAME",
+        help=f"distil from this checkpoint, a path or a file name in {folder}, or from the network itself before "
+        "training: self",
+    )
+    group.add_argument(
+        "--teacher-model", metavar="MODULE:FUNCTION", help="its builder, where it is another one of your own"
+    )
+    group.add_argument(
+        "--teacher-weight",
+        type=positive_share,
+        default=1.0,
+        metavar="W",
+        help="the loss is (1 - W) * cross-entropy + W * T^2 * the Kullback-Leibler divergence from the teacher",
+    )
+    group.add_argument("--temperature", type=positive_float, default=1.0, metavar="T", help="of that divergence")
+    switch(group, "freeze-batch-norm", False, "keep BatchNorm's running statistics, and normalise by them")
     return group
 
 

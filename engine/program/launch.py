@@ -15,6 +15,7 @@ from engine.program.arguments import Parser
 from engine.program.errors import EXIT_LOST, EXIT_WRONG_INPUT, UserError, is_out_of_memory
 from engine.program.interruptions import INTERRUPTIONS, end_where_stuck, interruptions
 from engine.program.processes import Place, place
+from model.own import OwnCodeError
 
 EXIT_BUG = EXIT_OUT_OF_MEMORY = 1
 EXIT_NOBODY_READS = 128 + signal.SIGPIPE
@@ -105,7 +106,7 @@ def _text(error: BaseException) -> str:
 def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str | None]:
     """The exit code that an error leads to, and the line that says what to do; no line where it is a bug."""
     text = _text(error)
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | OwnCodeError):
         return EXIT_WRONG_INPUT, f"error: {error}"
     if is_out_of_memory(error):
         smaller = [name for name in ("batch_size", "val_batch_size", "image_size", "workers") if hasattr(args, name)]

@@ -36,6 +36,14 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: 1 h 20 min, 4 min, 12 s."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def with_unit(number: float) -> str:
     """A large number with the unit that reads best: 8055124 is 8.06M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):

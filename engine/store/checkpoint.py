@@ -5,6 +5,7 @@ with what the stage that wrote it adds. Bare state dicts, what other programs wr
 prefixes are read too (`model.names`).
 """
 
+import hashlib
 import io
 import os
 import re
@@ -20,19 +21,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from engine.images.datasets import DATASETS, MAX_IMAGE_SIZE
 from engine.program.errors import UserError, is_out_of_memory
 from engine.program.report import say
 from engine.store import formats, torch_file
-from engine.store.files import write_whole
+from engine.store.files import another, listing, write_whole
+from engine.store.tensors import check_values, tensors_in
 from model import build
 from model.identify import OtherNetwork, expected_state_dict, identify
-from model.names import Fit, first, fit
+from model.names import Fit, first, fit, unwrapped
+from model.own import PRETRAINED, is_own, label_of, may_be_imported, run_once, takes
 from model.registry import Spec
-
-SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors")
-LISTED = 12  # files of a folder that an error message names
 
 Content = dict[str, Any]
 """What is written to or read from a file: tensors, plain values, and dicts and lists of them, by name."""
@@ -52,16 +53,49 @@ class Checkpoint:
         """The size in pixels at which the checkpoint's accuracy was measured, if it says so."""
         return self.extra.get("val_image_size") or self.extra.get("image_size")
 
+    @property
+    def sha256(self) -> str:
+        """The digest of the file; without one, of the tensors."""
+        sha = hashlib.sha256()
+        if self.path.is_file():
+            sha.update(self.path.read_bytes())
+        else:
+            for tensor in self.state_dict.values():
+                sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
     def network(self) -> nn.Module:
-        """Build the network and load the tensors."""
-        network = build(self.spec)
-        network.load_state_dict(self.state_dict, strict=False)  # names and shapes were checked on reading
+        """Build the network and load the tensors, whose names and shapes were checked on reading.
+
+        They are loaded as of the versions of modules that the file tells, or else of today's.
+        """
+        network, state_dict = build(self.spec), self.state_dict
+        if not hasattr(state_dict, "_metadata"):
+            state_dict = OrderedDict(state_dict)
+            vars(state_dict)["_metadata"] = vars(network.state_dict())["_metadata"]
+        try:
+            network.load_state_dict(state_dict, strict=False)
+        except (RuntimeError, ValueError) as error:  # a network's own code may refuse what fits
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{self.path} can't be loaded into the network ({reason}); save its state_dict again"
+            ) from None
         return network
+
+    def run_at(self, image_size: int) -> "Checkpoint":
+        """This checkpoint with the number of classes in its spec, which an image tells of a network of the user's own.
+
+        `image_size` is in pixels; `model.own.OwnCodeError` where the network does not run so.
+        """
+        if not is_own(self.spec["name"]):
+            return self
+        return replace(self, spec={**self.spec, "num_classes": run_once(self.network(), image_size).classes})
 
     def with_classes(self, classes: list[str], dataset: str, data_path: str, seed: int) -> "Checkpoint":
         """This checkpoint if the network has as many classes as the data set, else one with a new classifier.
 
         All other tensors stay. The new classifier is drawn at random from `seed`, and a line says aloud that it is.
+        UserError where the user's own builder takes no `num_classes`.
         """
         if len(classes) == self.spec["num_classes"]:
             self._compare_names(classes, data_path)
@@ -72,10 +106,23 @@ class Checkpoint:
             f"--dataset and --data-path that the network was trained on"
         )
         spec = {**self.spec, "num_classes": len(classes)}
+        if is_own(spec["name"]):
+            if not takes(spec["name"], "num_classes"):
+                raise UserError(
+                    f"{spec['name']} takes no num_classes, and builds {self.spec['num_classes']} where {dataset} in "
+                    f"{data_path} has {len(classes)}; pass --model-args that make it build as many"
+                )
+            spec["arguments"] = without_weights(spec.get("arguments", {})) | {"num_classes": len(classes)}
         extra = {key: value for key, value in self.extra.items() if key != "classes"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh = build(spec).state_dict()
+        if fresh.keys() == self.state_dict.keys() and all(
+            t.shape == fresh[name].shape for name, t in self.state_dict.items()
+        ):
+            raise UserError(
+                f"{spec['name']} builds the same network whatever num_classes is; make it one of {len(classes)} classes"
+            )
         kept = {name: t for name, t in self.state_dict.items() if name in fresh and t.shape == fresh[name].shape}
         return replace(self, spec=spec, state_dict=fresh | kept, extra=extra)
 
@@ -133,6 +180,19 @@ def network_content(spec: Spec, network: nn.Module, /, **extra: object) -> Conte
     return {"model": dict(spec), "state_dict": tensors} | extra
 
 
+def as_built(spec: Spec) -> Checkpoint:
+    """A network of the user's own with the weights that its builder gives it, without a file."""
+    network = build(spec)
+    plain = {**spec, "arguments": without_weights(spec.get("arguments", {}))}
+    state_dict = {name: t for name, t in network.state_dict().items() if not is_lazy(t)}
+    return Checkpoint(Path(label_of(spec["name"])), plain, state_dict)
+
+
+def without_weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A builder's arguments without those that choose values, which a checkpoint has, and not the network."""
+    return {key: value for key, value in arguments.items() if key not in PRETRAINED}
+
+
 def copy(source: Path, target: Path) -> None:
     """Copy a checkpoint as safely as `save` writes one."""
     save(read(source), target)
@@ -144,10 +204,10 @@ def find(name: str, folder: Path) -> Path:
         if os.path.isfile(path):
             return path
     if os.path.isdir(name):
-        raise UserError(f"{name!r} is a folder; pass a file in it ({_listing(Path(name))})")
+        raise UserError(f"{name!r} is a folder; pass a file in it ({listing(Path(name))})")
     if os.path.dirname(name):
-        raise UserError(f"no file {name!r} ({_listing(Path(name).parent)})")
-    raise UserError(f"no file {name!r}, neither as a path nor in {folder} ({_listing(folder)})")
+        raise UserError(f"no file {name!r} ({listing(Path(name).parent)})")
+    raise UserError(f"no file {name!r}, neither as a path nor in {folder} ({listing(folder)})")
 
 
 def read(path: Path) -> Content:
@@ -165,13 +225,13 @@ def read(path: Path) -> Content:
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        raise UserError(f"{path}: {_damage(path, error)}; {_another(path)}") from None
+        raise UserError(f"{path}: {_damage(path, error)}; {another(path)}") from None
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors; {_another(path)}")
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors; {another(path)}")
     if skipped:
         names = ", ".join(name.removeprefix("builtins.") for name in skipped)
         if not content:
-            raise UserError(f"{path}: holds Python objects ({names}), and no tensors; {_another(path)}")
+            raise UserError(f"{path}: holds Python objects ({names}), and no tensors; {another(path)}")
         say(f"{path}: skipped what is neither tensors nor plain values, nothing of it is executed ({names})")
     return dict(content) if type(content) is not OrderedDict else content
 
@@ -192,51 +252,65 @@ def _damage(path: Path, error: Exception) -> str:
     return "is truncated or damaged" if known else "is not a PyTorch checkpoint"
 
 
-def _another(path: Path) -> str:
-    return f"pass another file ({_listing(path.parent)})"
-
-
-def _listing(folder: Path) -> str:
-    """Say what lies in `folder`, checkpoints first."""
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    there = (path for path in folder.iterdir() if not path.name.startswith("."))
-    files = sorted(there, key=lambda path: (path.suffix not in SUFFIXES, path.name))
-    names = [f"{path.name}/" if path.is_dir() else path.name for path in files[:LISTED]]
-    more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
-    return f"{folder} holds {', '.join(names) or 'no files'}{more}"
-
-
-def read_state_dict(path: Path, network: nn.Module, builder: str) -> dict[str, Tensor]:
-    """Read the tensors of `network`, the user's own that `builder` built; UserError if they do not fit it."""
-    expected = {name: t for name, t in network.state_dict().items() if isinstance(t, Tensor)}
-    fitted = fit(expected, _state_dict(read(path), path))
-    if fitted.differences:
-        raise UserError(f"{path} does not fit what {builder} builds: {first(fitted.differences)}")
-    _say_notes(path, fitted)
-    weights = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    _check_values(fitted.tensors, expected, weights, path)
-    return fitted.tensors
-
-
 def read_network(path: Path, wanted: Spec | None = None) -> Checkpoint:
     """Read a network's checkpoint; what the file says of itself goes first, then names and shapes.
 
     `wanted` is a spec that the user's flags ask for, possibly partial; a checkpoint of another
-    architecture or width is a UserError that names both.
+    architecture or width is a UserError that names both. So is one of a builder that only the file names: such code
+    is never imported, torchvision's own aside.
     """
     content = read(path)
-    state_dict = _state_dict(content, path)
-    with naming(path):
-        spec, fitted = identify(state_dict, content.get("model"), wanted)
-    _say_notes(path, fitted)
-    expected = expected_state_dict(spec)
-    _check_values(fitted.tensors, expected, set(expected), path)
+    found, stated = tensors_in(content, path), content.get("model")
+    if own := _own_spec(stated, wanted or {}, path):
+        spec: Spec = own
+        tensors = _of_own(own, found, path)
+    else:
+        with naming(path):
+            spec, fitted = identify(found, stated, wanted)
+        _say_notes(path, fitted)
+        expected, tensors = expected_state_dict(spec), fitted.tensors
+        check_values(tensors, expected, set(expected), path)
     extra = {key: value for key, value in content.items() if type(key) is str and key not in ("model", "state_dict")}
     extra = _usable(extra) if "state_dict" in content else {}
-    if len(extra.get("classes", ())) != spec["num_classes"]:
+    if len(extra.get("classes", ())) != spec.get("num_classes"):
         extra.pop("classes", None)
-    return Checkpoint(path, spec, dict(fitted.tensors), extra)
+    return Checkpoint(path, spec, tensors, extra)
+
+
+def _own_spec(stated: object, wanted: Spec, path: Path) -> dict[str, Any] | None:
+    """The spec of the user's own network that flags or the file name; None where neither names one.
+
+    The flags' builder goes before the file's, and each of their arguments too.
+    """
+    says = stated if isinstance(stated, Mapping) and is_own(str(stated.get("name", ""))) else {}
+    name = str(wanted.get("name") or says.get("name", ""))
+    if not is_own(name):
+        return None
+    arguments = {**says.get("arguments", {}), **wanted.get("arguments", {})}
+    if "name" not in wanted and not may_be_imported(name):
+        repeated = " ".join(["--model-args", *(f"{key}={value}" for key, value in arguments.items())])
+        raise UserError(
+            f"{path} holds a network that {name} builds, and code that only a file names is not imported: "
+            f"pass --model {name}{f' {repeated}' if arguments else ''}"
+        )
+    known = {key: says[key] for key in ("num_classes",) if key in says}
+    return {"name": name} | ({"arguments": arguments} if arguments else {}) | known
+
+
+def _of_own(spec: Spec, found: Mapping[str, Tensor], path: Path) -> OrderedDict[str, Tensor]:
+    """The tensors of the network that `spec` describes, the user's own; UserError if they do not fit it."""
+    network = build(spec)
+    expected = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
+    for name, tensor in expected.items():
+        if is_lazy(tensor):  # of any shape
+            expected[name] = next((t for n, t in found.items() if unwrapped(n).endswith(name)), torch.empty(0))
+    fitted = fit(expected, found)
+    if fitted.differences:
+        raise UserError(f"{path} does not fit what {spec['name']} builds: {first(fitted.differences)}")
+    _say_notes(path, fitted)
+    weights = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    check_values(fitted.tensors, expected, weights, path)
+    return fitted.tensors
 
 
 def _say_notes(path: Path, fitted: Fit) -> None:
@@ -253,76 +327,8 @@ def naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path} {error}") from None
     except ValueError as error:
         raise UserError(
-            f"{path}: {error}; {_another(path)}; "
-            f"run_scoring.py scores networks of your own with --model module:function"
+            f"{path}: {error}; {another(path)}; a network of your own needs --model module:function"
         ) from None
-
-
-WEIGHTS = ("state_dict", "model_state_dict", "model_state", "net", "model", "network", "weights", "params", "module")
-AVERAGED = re.compile(r"(^|_)ema(_|$)")  # keys of weights that are a moving average of those that are trained
-NO_WEIGHTS = re.compile(r"optim|sched|scaler|loss|criterion|rng")
-
-
-def _state_dict(content: Content, path: Path) -> dict[str, Tensor]:
-    """The tensors by name among what programs write around them; a line says which, where there is a choice."""
-    averaged = [key for key in content if isinstance(key, str) and AVERAGED.search(key)]
-    found = {key: tensors for key in (*WEIGHTS, *averaged) if (tensors := _tensors(content.get(key)))}
-    if not found and (tensors := _own_tensors(content)):
-        return tensors
-    if not found:
-        others = [key for key in content if not NO_WEIGHTS.search(str(key))]
-        found = {key: tensors for key in others if (tensors := _tensors(content[key]))}
-        found = found if len(found) == 1 else {}
-    if not found:
-        keys = ", ".join(map(str, list(content)[:5]))
-        raise UserError(f"{path}: holds no tensors by name (its keys: {keys or 'none'}); {_another(path)}")
-    key, *others = found
-    if others:
-        average = ", ".join(other for other in others if other in averaged)
-        hint = f"; for the moving average, save that alone: torch.save(content[{average!r}], FILE)" if average else ""
-        say(f"{path}: holds weights as {', '.join(found)}; {key} is taken{hint}")
-    elif key in averaged:
-        say(f"{path}: the weights are those of the moving average {key}")
-    return found[key]
-
-
-def _tensors(value: object, depth: int = 2) -> dict[str, Tensor] | None:
-    """The tensors by name in `value`, or in what lies in it under a name of WEIGHTS."""
-    if not isinstance(value, Mapping):
-        return None
-    nested = (_tensors(value.get(key), depth - 1) for key in WEIGHTS) if depth else ()
-    return _own_tensors(value) or next(filter(None, nested), None)
-
-
-def _own_tensors(value: Mapping[Any, Any]) -> dict[str, Tensor] | None:
-    """The tensors by name in a state dict, beside which plain values such as `epoch` may be; None in what is none."""
-    named = [name for name, tensor in value.items() if isinstance(tensor, Tensor) and isinstance(name, str)]
-    others = [str(name) for name in value if name not in named and not str(name).endswith("_extra_state")]
-    if not named or (others and not any("." in name for name in named)) or any("." in name for name in others):
-        return None
-    tensors = OrderedDict((name, value[name]) for name in named)
-    if hasattr(value, "_metadata"):
-        vars(tensors)["_metadata"] = value._metadata
-    return tensors
-
-
-def _check_values(
-    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], weights: set[str], path: Path
-) -> None:
-    """Raise a UserError unless the tensors are plain, of their kinds, and finite where they are weights."""
-    for name, tensor in state_dict.items():
-        if name not in expected:
-            continue
-        real = expected[name].is_floating_point()
-        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain or tensor.is_complex() or tensor.is_floating_point() != real:
-            kind = f"{tensor.layout} of {tensor.dtype} on {tensor.device}".replace("torch.", "")
-            raise UserError(
-                f"{path}: {name} is {kind}, not a plain tensor of {'floating point' if real else 'whole'} numbers"
-            )
-        is_weight = name in weights or name.endswith(("running_mean", "running_var"))
-        if real and is_weight and not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{path}: {name} holds NaN or infinite values; take an earlier checkpoint")
 
 
 def _is_image_size(size: object) -> bool:

@@ -12,6 +12,8 @@ from typing import BinaryIO, TextIO
 from engine.program import processes
 from engine.program.errors import UserError
 
+SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors")
+LISTED = 12  # files of a folder that an error message names
 UNFINISHED = ".ec2t-"  # what the names of files begin with that are still being written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks answer
 
@@ -101,3 +103,18 @@ def hold(path: Path, wait: bool = False) -> TextIO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def another(path: Path) -> str:
+    return f"pass another file ({listing(path.parent)})"
+
+
+def listing(folder: Path) -> str:
+    """Say what lies in `folder`, checkpoints first."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    there = (path for path in folder.iterdir() if not path.name.startswith("."))
+    files = sorted(there, key=lambda path: (path.suffix not in SUFFIXES, path.name))
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in files[:LISTED]]
+    more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+    return f"{folder} holds {', '.join(names) or 'no files'}{more}"

@@ -16,6 +16,7 @@ The folder's name ends in a digest of the arguments: runs with different argumen
 import hashlib
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,15 @@ from engine.store.files import hold, write_text, write_whole
 
 Record = dict[str, Any]
 """Plain values by name: an epoch as the log has it, or the result of a run."""
+
+
+def shaping(recipe: Any) -> Record:
+    """What of a recipe, a dataclass, shapes a run: its fields, but for those that are as their defaults have them.
+
+    A new field with a default leaves the folders of earlier runs what they were.
+    """
+    values = {field.name: (getattr(recipe, field.name), field.default) for field in fields(recipe)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 class Run:

@@ -4,7 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
-import engine.training
+import engine.objective
 import model_compound_scaling.search
 import model_quantization.grid
 import model_scoring.scoring
@@ -50,11 +50,11 @@ def assert_same_runs(first: Path, second: Path, files: tuple[str, ...]) -> None:
 def interrupt_after(monkeypatch, epochs: int) -> None:
     """Let Ctrl-C arrive in the middle of the epoch after `epochs` whole ones."""
     calls = itertools.count()
-    original = engine.training.F.cross_entropy
+    original = engine.objective.F.cross_entropy
 
     def cross_entropy(*args, **kwargs):
         if "reduction" not in kwargs and next(calls) == 3 * epochs + 1:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(engine.training.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(engine.objective.F, "cross_entropy", cross_entropy)

@@ -19,8 +19,9 @@ from engine.device import choose_machine
 from engine.evaluation import evaluate
 from engine.images.augment import Augmentation, normalise
 from engine.images.batches import ImagesInMemory
+from engine.objective import Objective
 from engine.program import processes
-from engine.training import train_epoch
+from engine.training import Epoch, train_epoch
 from model import build
 from model.selection import ternary_candidates
 from model_quantization.optimizer import EC2TOptimizer
@@ -63,7 +64,7 @@ def main(folder: Path) -> None:
     data = ImagesInMemory("folder", [], labelled, labelled, Augmentation(flip=True), BATCH, BATCH)
     evaluation = evaluate(network, data, machine)
     result["evaluation"] = (evaluation.loss, evaluation.correct, evaluation.images)
-    result["epoch_loss"] = train_epoch(runner, optimizer, data, machine, seed=2, description="")
+    result["epoch_loss"] = train_epoch(runner, optimizer, data, machine, Epoch(2, ""), Objective())
     result["trained"] = network.state_dict()
     torch.save(result, folder / f"process_{processes.rank()}_of_{processes.world_size()}.pt")
 

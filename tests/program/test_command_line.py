@@ -18,6 +18,7 @@ from helpers.networks import TINY
 from helpers.programs import PROGRAMS, run_apart, run_here, script, start
 from model import build
 from model_compound_scaling.arguments import parser as scaling_parser
+from model_quantization.arguments import FP_MODEL
 from model_quantization.arguments import parser as quantization_parser
 from model_scoring.arguments import T_MODEL
 from model_scoring.arguments import parser as scoring_parser
@@ -106,7 +107,7 @@ def test_defaults_of_2019():
     assert (scaling.grid, scaling.phi, scaling.epochs, scaling.batch_size) == ([1.4, 1.2], 3.5, 200, 256)
     assert (scaling.lr, scaling.momentum, scaling.weight_decay, scaling.data_path) == (0.1, 0.9, 5e-4, "../data")
     quantization = quantization_parser().parse_args([])
-    assert quantization.model_dict == "MicroNet_d14_w12_phi35_acc8146_params8_06m.th"
+    assert quantization.model_dict is None and FP_MODEL == "MicroNet_d14_w12_phi35_acc8146_params8_06m.th"
     assert quantization.ini_c_divrs == [0.15, 0.3, 0.5] and quantization.lambda_max_divrs == [0.125, 0.15, 0.175]
     assert (quantization.epochs, quantization.retrain_epochs) == (20, 15)
     assert (quantization.lr, quantization.lr2, quantization.weight_decay) == (1e-4, 1e-5, 5e-6)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.program.errors import UserError
+from model.own import OwnCodeError
 from model_scoring.arguments import parser
 from model_scoring.scoring import run
 
@@ -86,5 +87,5 @@ def test_torchvision_as_it_is_built(folder, capsys):
     ],
 )
 def test_what_is_wrong_is_said(folder, arguments, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises((UserError, OwnCodeError), match=said):
         score(*arguments.split())

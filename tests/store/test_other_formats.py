@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import model
 from engine.program.errors import UserError
 from engine.store.checkpoint import read_network
 from helpers.checkpoints import prefixed, refusal
@@ -136,7 +137,7 @@ def mnasnet():
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A function that reads what is saved of `Own`, changed, as the user's own network."""
-    monkeypatch.setattr(networks, "own_network", lambda builder, arguments: globals()[builder.partition(":")[2]]())
+    monkeypatch.setattr(model, "build_own", lambda builder, arguments: globals()[builder.partition(":")[2]]())
 
     def load(content: object, builder: str = "Own", path: Path = tmp_path / "x.pt") -> nn.Module:
         torch.save(content, path)

@@ -1,0 +1,90 @@
+"""Which layers of a checkpoint's network are quantized: chosen, shown, and what a run over them will cost."""
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from engine.device import Machine
+from engine.evaluation import dense_flop
+from engine.images.batches import Data
+from engine.program.errors import UserError
+from engine.program.report import duration, say, table, with_unit
+from engine.store.checkpoint import Checkpoint
+from model.own import is_own, run_once
+from model.selection import NoSuchLayer, Patterns, chosen, is_ternary, pruning_candidates, ternary_candidates
+
+STEPS = 4  # of training that a dry run times; the fastest counts
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Names of weights: those that are `chosen`, and those that are `fixed`, which neither move nor decay."""
+
+    chosen: list[str]
+    fixed: list[str]
+
+
+def choose(checkpoint: Checkpoint, image_size: int, patterns: Patterns, prune: bool) -> Layers:
+    """The layers of a checkpoint's network that are quantized, or pruned; UserError where there are none.
+
+    `image_size` is that of an RGB image on which a network of the user's own is run, pixels.
+    """
+    network, name = checkpoint.network(), checkpoint.spec["name"]
+    ran = run_once(network, image_size).layers if is_own(name) else []
+    candidates = ternary_candidates(network, name, ran)
+    try:
+        names = chosen(network, pruning_candidates(network, name, ran) if prune else candidates, patterns)
+    except NoSuchLayer as error:
+        raise UserError(f"{checkpoint.path}: {error}; pass other --layers or --except") from None
+    weights, fixed = dict(network.named_parameters()), []
+    if prune:
+        names = [name for name in names if not is_ternary(weights[name])]
+        fixed = [name for name in candidates if name not in names and is_ternary(weights[name])]
+    if not names and prune:
+        raise UserError(f"{checkpoint.path}: all layers that --do-prune prunes are ternary; leave it out")
+    if not names:
+        raise UserError(f"{checkpoint.path}: no layer is left to quantize; pass --layers PATTERN")
+    return Layers(names, fixed)
+
+
+def show(checkpoint: Checkpoint, layers: Layers, verb: str, listed: bool) -> None:
+    """Say which layers are chosen; if `listed`, list them, each with its share of all parameters."""
+    weights = dict(checkpoint.network().named_parameters())
+    sizes = {name: weights[name].numel() for name in layers.chosen}
+    total = sum(p.numel() for p in weights.values())
+    if listed:
+        rows = [
+            [name, "x".join(map(str, weights[name].shape)), f"{size:,}", f"{100 * size / total:.2f}%"]
+            for name, size in sizes.items()
+        ]
+        say("\n" + table([f"{verb.lower()} layer", "shape", "weights", "share"], rows))
+    say(
+        f"{verb}: {len(sizes)} layers with {with_unit(sum(sizes.values()))} of {with_unit(total)} parameters "
+        f"({100 * sum(sizes.values()) / total:.1f}%){'' if listed else '; --dry-run lists them'}"
+    )
+
+
+def say_costs(checkpoint: Checkpoint, data: Data, machine: Machine) -> None:
+    """Say the parameters and FLOP of the dense network, and the time of an epoch, from a few steps of its training."""
+    network = machine.place(checkpoint.network())
+    parameters = sum(p.numel() for p in network.parameters())
+    flop = with_unit(dense_flop(network, data.image_size))
+    say(f"{parameters:,} parameters, {flop} FLOP an image of {data.image_size} px")
+    if not data.train:
+        return
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.0)
+    runner, seconds = machine.runner(network.train()), []
+    batches = data.train_batches(seed=0)
+    for images, labels in itertools.islice(batches, STEPS):
+        began = time.monotonic()
+        with machine.autocast():
+            loss = F.cross_entropy(runner(images), labels)
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+        seconds.append(time.monotonic() - began)
+    epoch = data.num_train_batches * min(seconds)
+    say(f"An epoch of {data.num_train_batches:,} steps will take about {duration(epoch)}, without validation")
