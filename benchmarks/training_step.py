@@ -49,14 +49,14 @@ NETWORKS = {
     "efficientnet-lite1": {"name": "efficientnet-lite1"},
 }
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RunEpoch = Callable[[], object]
+Run = Callable[[], object]
 
 
 def sgd(network: nn.Module, fused: bool) -> torch.optim.SGD:
     return torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=fused)
 
 
-def plain_epoch(spec: dict, images: torch.Tensor, labels: torch.Tensor, batch_size: int, device: torch.device) -> RunEpoch:
+def plain_epoch(spec: dict, images: torch.Tensor, labels: torch.Tensor, batch_size: int, device: torch.device) -> Run:
     network = build(spec).to(device).train()
     optimizer, loader = sgd(network, fused=False), plain_loader(images, labels, batch_size, rich=True)
 
@@ -67,7 +67,7 @@ def plain_epoch(spec: dict, images: torch.Tensor, labels: torch.Tensor, batch_si
     return epoch
 
 
-def our_epoch(spec: dict, images: torch.Tensor, labels: torch.Tensor, batch_size: int, machine: Machine) -> RunEpoch:
+def our_epoch(spec: dict, images: torch.Tensor, labels: torch.Tensor, batch_size: int, machine: Machine) -> Run:
     network = machine.place(build(spec))
     optimizer, runner = sgd(network, fused=True), machine.runner(network)
     split = images.to(machine.device), labels.to(machine.device)
@@ -76,7 +76,7 @@ def our_epoch(spec: dict, images: torch.Tensor, labels: torch.Tensor, batch_size
     return lambda: train_epoch(runner, optimizer, data, machine, Epoch(0, ""), Objective())
 
 
-def seconds(function: Epoch, device: torch.device) -> float:
+def seconds(function: Run, device: torch.device) -> float:
     start = time.perf_counter()
     function()
     if device.type == "cuda":
