@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from engine.device import Machine, choose_machine
 from engine.distributed import barrier
 from engine.evaluation import Diverged, evaluate, rounded_to_16_bit, say_test
@@ -21,7 +23,7 @@ from engine.store.checkpoint import Checkpoint, as_built, find, read_network
 from engine.store.files import hold
 from engine.store.run_folder import Record, Run, resume_from, shaping
 from engine.training import derived_seed
-from model import build, row_of
+from model import row_of
 from model.own import is_own
 from model.selection import Patterns
 from model_quantization.arguments import FP_MODEL, FP_MODELS
@@ -101,6 +103,7 @@ def full_precision(args: Namespace) -> Checkpoint:
     if args.pretrained:
         return read_network(published_weights(args.model), wanted)
     if is_own(args.model or "") and not args.model_dict:
+        torch.manual_seed(derived_seed(args.seed, 0))
         return as_built(wanted)
     return read_network(find(args.model_dict or FP_MODEL, Path(FP_MODELS)), wanted)
 
@@ -180,8 +183,7 @@ def scored(run: Run, best: Record, data: Data, machine: Machine) -> Record:
     """
     barrier()  # until the first process has written that network
     content = read_best(run, best["phase"])
-    network = build(content["model"])
-    network.load_state_dict(content["state_dict"])
+    network = Checkpoint(run.folder, content["model"], content["state_dict"]).network()
     name = content["model"]["name"]
     ruler = next(ruler for ruler in RULERS.values() if ruler.knows(name))
     tally = ruler.count(network, name, data.val_image_size, ruler.widths())

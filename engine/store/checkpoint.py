@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from engine.images.datasets import DATASETS, MAX_IMAGE_SIZE
@@ -80,6 +81,11 @@ class Checkpoint:
             raise UserError(
                 f"{self.path} can't be loaded into the network ({reason}); save its state_dict again"
             ) from None
+        for module in network.modules():
+            if isinstance(module, LazyModuleMixin) and not module.has_uninitialized_params():
+                module._infer_parameters(
+                    module, (next(module.parameters())[:0],)
+                )  # sizes are known: it is lazy no longer
         return network
 
     def run_at(self, image_size: int) -> "Checkpoint":
@@ -89,7 +95,9 @@ class Checkpoint:
         """
         if not is_own(self.spec["name"]):
             return self
-        return replace(self, spec={**self.spec, "num_classes": run_once(self.network(), image_size).classes})
+        network = self.network()
+        spec = {**self.spec, "num_classes": run_once(network, image_size).classes}
+        return replace(self, spec=spec, state_dict=network.state_dict())  # its lazy modules have sizes now
 
     def with_classes(self, classes: list[str], dataset: str, data_path: str, seed: int) -> "Checkpoint":
         """This checkpoint if the network has as many classes as the data set, else one with a new classifier.
