@@ -30,7 +30,7 @@ from engine.program.report import table
 from model import build
 from model.selection import ternary_candidates
 from model_quantization.optimizer import EC2TOptimizer
-from model_quantization.quantized_layers import TernaryLayers
+from model_quantization.quantized_layers import QuantizedLayers
 
 S, G = 0.45, 0.15
 NETWORKS = {
@@ -125,7 +125,7 @@ def compare(name: str, device: torch.device, batch_size: int, rounds: int, compi
     labels = torch.randint(10, (batch_size,), device=device)
 
     plain = torch.optim.Adam(networks[0].parameters(), lr=1e-4, fused=True)
-    layers = TernaryLayers(networks[1], names, S, G)
+    layers = QuantizedLayers(networks[1], names, S, G)
     if compile:
         layers.compile()
     others = [p for n, p in networks[1].named_parameters() if n not in names]

@@ -29,7 +29,7 @@ from engine.program.report import say
 from engine.store.checkpoint import Checkpoint, read_network
 from model import row_of
 from model.selection import pruning_candidates, ternary_candidates
-from model_quantization.quantized_layers import TernaryLayers
+from model_quantization.quantized_layers import QuantizedLayers
 
 PRUNING_S, PRUNING_G = (0.1, 0.2, 0.3, 0.4, 0.5), 0.15
 TERNARY_S, TERNARY_G = 0.25, (0.0, 0.15)
@@ -44,7 +44,7 @@ def point(
     weights = dict(network.named_parameters())
     candidates = (pruning_candidates if prune else ternary_candidates)(network, checkpoint.spec["name"])
     names = sorted(candidates, key=lambda name: -weights[name].numel())[:number]
-    TernaryLayers(network, names, s, g, prune=prune)
+    QuantizedLayers(network, names, s, g, prune=prune)
     zeros = sum((w == 0).sum().item() for w in weights.values()) / sum(w.numel() for w in weights.values())
     accuracy = evaluate(machine.place(network), data, machine).accuracy
     result = {"s": s, "g": g, "layers": len(names), "prune": prune, "zeros": 100 * zeros, "accuracy": accuracy}

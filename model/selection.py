@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from model.registry import row_of
+
+TERNARY = 2  # bits
 
 
 class NoSuchLayer(ValueError):
@@ -23,10 +25,12 @@ class Patterns:
     Attributes:
         layers: those that are chosen; of none, the network's own choice is taken.
         without: those that are left out of it.
+        bits: the widths of those that are not ternary; where several patterns match, the last one counts.
     """
 
     layers: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    bits: tuple[tuple[str, int], ...] = ()
 
 
 def ternary_candidates(network: nn.Module, model: str, ran: Sequence[nn.Module] = ()) -> list[str]:
@@ -49,10 +53,11 @@ def pruning_candidates(network: nn.Module, model: str, ran: Sequence[nn.Module] 
     return [name for name in names if not is_ternary(weights[name])]
 
 
-def chosen(network: nn.Module, candidates: list[str], patterns: Patterns) -> list[str]:
-    """The names of the weights that `patterns` choose, in the network's order; NoSuchLayer where one matches none.
+def chosen(network: nn.Module, candidates: list[str], patterns: Patterns) -> dict[str, int]:
+    """The weights that `patterns` choose, in the network's order: the bits of each by its name.
 
-    Without patterns these are the `candidates`; a pattern may name any parameter of more than one dimension.
+    Without patterns these are the `candidates`, with 2 bits; a pattern may name any parameter of more than one
+    dimension. NoSuchLayer where one matches none.
     """
     weights = {name: p for name, p in network.named_parameters() if p.ndim > 1 and p.is_floating_point()}
     for pattern in (*patterns.layers, *patterns.without):
@@ -60,10 +65,16 @@ def chosen(network: nn.Module, candidates: list[str], patterns: Patterns) -> lis
             raise NoSuchLayer(f"no layer's name matches {pattern!r} (there are {', '.join(weights)})")
     names = _matching(weights, patterns.layers) if patterns.layers else candidates
     left_out = set(_matching(weights, patterns.without))
-    return [name for name in names if name not in left_out]
+    bits = {name: TERNARY for name in names if name not in left_out}
+    for pattern, width in patterns.bits:
+        matched = _matching(bits, (pattern,))
+        if not matched:
+            raise NoSuchLayer(f"no chosen layer's name matches {pattern!r} (there are {', '.join(bits)})")
+        bits |= dict.fromkeys(matched, width)
+    return bits
 
 
-def _matching(weights: dict[str, nn.Parameter], patterns: Sequence[str]) -> list[str]:
+def _matching(weights: Iterable[str], patterns: Sequence[str]) -> list[str]:
     def matches(name: str) -> bool:
         return any(fnmatchcase(name, p) or fnmatchcase(name.rpartition(".")[0], p) for p in patterns)
 

@@ -35,6 +35,21 @@ example: the published CIFAR-100 run, on the network that stage 1 left in its fo
 """
 
 
+ALL = "*"  # the pattern of all layers
+
+
+def _bits(text: str) -> tuple[str, int]:
+    """Parse `B` or `PATTERN=B`."""
+    pattern, _, bits = text.rpartition("=")
+    if not re.fullmatch("[2-8]", bits):
+        raise argparse.ArgumentTypeError(f"{text!r} is not B or PATTERN=B with B from 2 to 8")
+    return pattern or ALL, int(bits)
+
+
+def _share_or_auto(text: str) -> float | str:
+    return text if text == "auto" else positive_share(text)
+
+
 def _shard(text: str) -> tuple[int, int]:
     """Parse `i/n`, with 1 <= i <= n."""
     if not (match := re.fullmatch(r"(\d+)/(\d+)", text)) or not 1 <= int(match[1]) <= int(match[2]):
@@ -80,11 +95,12 @@ def _add_sweep_arguments(parser: Parser) -> None:
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument(
         "--ini-c-divrs",
-        type=positive_share,
+        type=_share_or_auto,
         nargs="+",
         default=[0.15, 0.3, 0.5],
         metavar="S",
-        help="initial centroids, as shares of a layer's largest and smallest weight",
+        help="initial outermost centroids, as shares of a layer's largest and smallest weight; or auto, the two steps "
+        "of least squared error",
     )
     sweep.add_argument(
         "--lambda-max-divrs",
@@ -136,6 +152,14 @@ def _add_layer_arguments(parser: Parser) -> None:
     )
     layers.add_argument(
         "--except", nargs="+", default=[], dest="without", metavar="PATTERN", help="leave these out, likewise"
+    )
+    layers.add_argument(
+        "--bits",
+        type=_bits,
+        nargs="+",
+        default=[],
+        metavar="[PATTERN=]B",
+        help="bits a weight, 2 (ternary) to 8, of the layers that match, likewise, or of all others (default: 2)",
     )
     layers.add_argument(
         "--dry-run", action="store_true", help="list the layers, and what an epoch will take, and train nothing"

@@ -21,9 +21,9 @@ STEPS = 4  # of training that a dry run times; the fastest counts
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of weights: those that are `chosen`, and those that are `fixed`, which neither move nor decay."""
+    """Names of weights: those that are `chosen`, with their bits, and those that are `fixed`: they do not move."""
 
-    chosen: list[str]
+    chosen: dict[str, int]
     fixed: list[str]
 
 
@@ -36,18 +36,18 @@ def choose(checkpoint: Checkpoint, image_size: int, patterns: Patterns, prune: b
     ran = run_once(network, image_size).layers if is_own(name) else []
     candidates = ternary_candidates(network, name, ran)
     try:
-        names = chosen(network, pruning_candidates(network, name, ran) if prune else candidates, patterns)
+        bits = chosen(network, pruning_candidates(network, name, ran) if prune else candidates, patterns)
     except NoSuchLayer as error:
-        raise UserError(f"{checkpoint.path}: {error}; pass other --layers or --except") from None
+        raise UserError(f"{checkpoint.path}: {error}; pass another pattern") from None
     weights, fixed = dict(network.named_parameters()), []
     if prune:
-        names = [name for name in names if not is_ternary(weights[name])]
-        fixed = [name for name in candidates if name not in names and is_ternary(weights[name])]
-    if not names and prune:
+        bits = {name: 2 for name in bits if not is_ternary(weights[name])}
+        fixed = [name for name in candidates if name not in bits and is_ternary(weights[name])]
+    if not bits and prune:
         raise UserError(f"{checkpoint.path}: all layers that --do-prune prunes are ternary; leave it out")
-    if not names:
+    if not bits:
         raise UserError(f"{checkpoint.path}: no layer is left to quantize; pass --layers PATTERN")
-    return Layers(names, fixed)
+    return Layers(bits, fixed)
 
 
 def show(checkpoint: Checkpoint, layers: Layers, verb: str, listed: bool) -> None:
@@ -57,10 +57,10 @@ def show(checkpoint: Checkpoint, layers: Layers, verb: str, listed: bool) -> Non
     total = sum(p.numel() for p in weights.values())
     if listed:
         rows = [
-            [name, "x".join(map(str, weights[name].shape)), f"{size:,}", f"{100 * size / total:.2f}%"]
-            for name, size in sizes.items()
+            [name, "x".join(map(str, weights[name].shape)), f"{size:,}", f"{100 * size / total:.2f}%", bits]
+            for (name, size), bits in zip(sizes.items(), layers.chosen.values(), strict=True)
         ]
-        say("\n" + table([f"{verb.lower()} layer", "shape", "weights", "share"], rows))
+        say("\n" + table([f"{verb.lower()} layer", "shape", "weights", "share", "bits"], rows))
     say(
         f"{verb}: {len(sizes)} layers with {with_unit(sum(sizes.values()))} of {with_unit(total)} parameters "
         f"({100 * sum(sizes.values()) / total:.1f}%){'' if listed else '; --dry-run lists them'}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.images.batches import Data
-from engine.program.report import say, table
+from engine.program.report import say, short, table
 from engine.store.checkpoint import Content, expecting, read_network, save
 from engine.store.files import write_text
 from engine.store.run_folder import Record, Run
@@ -49,7 +49,7 @@ def compare(finished: list[tuple[Run, Record]], name: str, data: Data, choice: C
     row = results[best]
     rule = "accuracy" if choice.by == "accuracy" else f"score at {threshold:g}% or more"
     say(
-        f"Best by {rule}: s {row['s']:g}, g {row['g']:g}, {row['accuracy']:.2f}%, "
+        f"Best by {rule}: s {short(row['s'])}, g {row['g']:g}, {row['accuracy']:.2f}%, "
         f"{row['zeros']:.2f}% zeros -> {best_path}"
     )
     return best_path
@@ -101,7 +101,7 @@ def table_of(results: list[Record], best: int) -> str:
     ]
     rows = [
         [
-            f"{r['s']:g}",
+            short(r["s"]),
             f"{r['g']:g}",
             f"{r['accuracy']:.2f}%",
             f"{r['accuracy_16_bit']:.2f}%",

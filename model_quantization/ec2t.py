@@ -1,7 +1,10 @@
-"""The formulas of EC2T, each once (Marban et al., arXiv:2004.01077).
+"""The formulas of EC2T, each once, for any number of bits (Marban et al., arXiv:2004.01077, is the case of 2).
 
-All functions are elementwise over layers: `[L]` is a float64 tensor with one number a layer. A layer's weights w
-fall in three clusters, with centroids w_p > 0, 0 and -w_n < 0; cluster sizes are numbers of weights.
+A layer of b bits has n = 2^(b-1) - 1 levels on either side of zero: centroids k * w_p > 0, 0, and -k * w_n < 0, for
+k = 1 ... n, with two step sizes w_p and w_n. Ternary layers have n = 1, and their steps are their centroids.
+
+Tensors are float64: `[L]` has one number a layer; `[2, L]` one for each side of zero, the positive one first, such as
+the `steps` (w_p, w_n); `[2, L, N]` one for each level, N being the most levels of any layer. `levels` `[L]` holds n.
 """
 
 from typing import NamedTuple
@@ -10,8 +13,9 @@ import torch
 from torch import Tensor
 
 CENTROID_FLOOR = 0.675  # of the standard deviation of the layer's weights
-MIN_P_0 = 0.5  # zero is always the cheapest cluster
+MIN_P_0 = 0.5  # zero is always the cheapest cluster of a ternary layer
 TINY = 1e-30  # stands for the probability of an empty cluster
+CANDIDATES, ROUNDS = 48, 12  # of the search for the steps of least squared error
 
 
 class Extent(NamedTuple):
@@ -25,31 +29,70 @@ class Extent(NamedTuple):
     std: Tensor
     numel: Tensor
 
+    @property
+    def outermost(self) -> Tensor:
+        """The magnitude of the outermost weight on either side, `[2, L]`."""
+        return torch.stack([self.max, -self.min])
 
-def initial_centroids(extent: Extent, s: float) -> tuple[Tensor, Tensor]:
-    """w_p = s*|max w| and w_n = s*|min w|, both `[L]`."""
-    return s * extent.max, s * -extent.min
+
+def levels_of(bits: int) -> int:
+    """n, the number of levels on either side of zero."""
+    return 2 ** (bits - 1) - 1
 
 
-def bounded_centroids(w_p: Tensor, w_n: Tensor, extent: Extent) -> tuple[Tensor, Tensor]:
-    """Keep both centroids at 0.675*std(w) or more, and within the layer's weights.
+def initial_steps(extent: Extent, s: float, levels: Tensor) -> Tensor:
+    """Steps `[2, L]` that put the outermost centroid at s times the outermost weight: n * w_p = s * |max w|."""
+    return s * extent.outermost / levels
 
-    The upper bound is ours. It acts on degenerate layers only, and with it no cluster that has weights on its
-    side of zero can ever become empty (for g < 1; see `thresholds`).
+
+def bounded_steps(steps: Tensor, extent: Extent, levels: Tensor) -> Tensor:
+    """Keep the outermost centroids at 0.675 * std(w) or more, and within the layer's weights; `[2, L]`.
+
+    The upper bound is ours. It acts on degenerate ternary layers only, and with it no ternary cluster that has weights
+    on its side of zero can ever become empty (for g < 1; see `thresholds`).
     """
-    floor = CENTROID_FLOOR * extent.std
-    return w_p.maximum(floor).minimum(extent.max), w_n.maximum(floor).minimum(-extent.min)
+    floor = CENTROID_FLOOR * extent.std / levels
+    return steps.maximum(floor).minimum(extent.outermost / levels)
 
 
-def probabilities(n_p: Tensor, n_n: Tensor, numel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P_p, P_0, P_n `[L]` from the sizes of the nearest-centroid clusters.
+def least_squares_step(magnitudes: Tensor, n: int) -> Tensor:
+    """The step, float64, for which n levels and zero come closest to `magnitudes` `[M]` of weights; 0 without any.
 
-    P_0 is raised to at least 0.5, and the others shrink in proportion, so that the three sum to 1.
+    The best of some steps, then Lloyd's iteration: each weight's nearest level, and the best step for these.
     """
-    p_p, p_n = n_p / numel, n_n / numel
-    p_0 = 1 - p_p - p_n
-    shrink = torch.where(p_0 < MIN_P_0, (1 - MIN_P_0) / (p_p + p_n), 1.0)
-    return p_p * shrink, p_0.clamp(min=MIN_P_0), p_n * shrink
+    if not magnitudes.numel():
+        return magnitudes.new_zeros((), dtype=torch.float64)
+
+    def nearest(step: Tensor) -> Tensor:
+        return (magnitudes / step).round_().clamp_(max=n)
+
+    candidates = magnitudes.amax() / n * torch.linspace(0.1, 1.1, CANDIDATES, device=magnitudes.device)
+    errors = torch.stack([(magnitudes - step * nearest(step)).square().sum() for step in candidates])
+    step = candidates[errors.argmin()]
+    for _ in range(ROUNDS):
+        level = nearest(step)
+        step = (level * magnitudes).sum() / level.square().sum().clamp(min=TINY)
+    return step.double()
+
+
+def nearest_edges(steps: Tensor, levels: Tensor, most: int) -> Tensor:
+    """Where the nearest level becomes k rather than k - 1, (k - 1/2) * w, `[2, L, N]`; infinite for k > n."""
+    k = torch.arange(1, most + 1, dtype=steps.dtype, device=steps.device)
+    return torch.where(k <= levels[:, None], (k - 0.5) * steps[..., None], torch.inf)
+
+
+def probabilities(sizes: Tensor, numel: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """P_k `[2, L, N]` and P_0 `[L]` from the sizes `[2, L, N]` of the nearest-centroid clusters.
+
+    P_0 is raised so that zero is the cheapest cluster, and the others shrink in proportion: all sum to 1. In a ternary
+    layer it is raised to 0.5, as published; with more levels to the largest of the others, the least that does so.
+    """
+    p = sizes / numel[:, None]
+    sides = p.sum(2)
+    p_0, largest = 1 - sides[0] - sides[1], p.amax((0, 2))
+    floor = torch.where(levels == 1, MIN_P_0, largest / (1 - p_0 + largest).clamp(min=TINY))
+    shrink = torch.where(p_0 < floor, (1 - floor) / (sides[0] + sides[1]), 1.0)
+    return p * shrink[:, None], p_0.maximum(floor)
 
 
 def information(p: Tensor) -> Tensor:
@@ -58,48 +101,53 @@ def information(p: Tensor) -> Tensor:
 
 
 def layer_factor(numel: Tensor, sustain: float = 0.0) -> Tensor:
-    """delta `[L]`: a layer's size relative to the largest ternarized layer's; `sustain` is sigma of the later form."""
+    """delta `[L]`: a layer's size relative to the largest quantized layer's; `sustain` is sigma of the later form."""
     return (numel / numel.max() + sustain) / (1 + sustain)
 
 
-def lagrangian(w_p: Tensor, w_n: Tensor, di_p: Tensor, di_n: Tensor, extent: Extent, strength: Tensor) -> Tensor:
-    """lambda = g * delta * min(lambda_n, lambda_p), `[L]`; `strength` is g * delta, `di_c` is I_c - I_0.
+def lagrangian(steps: Tensor, di: Tensor, extent: Extent, strength: Tensor, levels: Tensor) -> Tensor:
+    """lambda = g * delta * min(lambda_n, lambda_p), `[L]`; `strength` is g * delta, `di` `[2, L, N]` is I_k - I_0.
 
-    At lambda_c the outermost weight of cluster c would leave it. A side without weights has no say;
-    lambda is 0 for a layer of zeros.
+    At lambda_c the outermost weight of a side would leave its own centroid for zero; where that saves less than 1 bit,
+    which ternary layers allow, as published, other layers count 1 bit. A side without weights has no say; lambda is 0
+    for a layer of zeros.
     """
-
-    def at_which_vanishes(outermost: Tensor, centroid: Tensor, di: Tensor) -> Tensor:
-        gain = outermost**2 - (centroid - outermost) ** 2
-        return torch.where(outermost > centroid / 2, gain / di.clamp(min=TINY), torch.inf)
-
-    limit = at_which_vanishes(extent.max, w_p, di_p).minimum(at_which_vanishes(-extent.min, w_n, di_n))
+    outermost = extent.outermost
+    own = (outermost[..., None] > nearest_edges(steps, levels, di.shape[2])).sum(2)
+    gain = outermost**2 - (own * steps - outermost) ** 2
+    saved = di.gather(2, (own - 1).clamp(min=0)[..., None])[..., 0]
+    limits = torch.where(own > 0, gain / saved.maximum(torch.where(levels == 1, TINY, 1.0)), torch.inf)
+    limit = limits.amin(0)
     return torch.where(limit.isinf(), 0.0, strength * limit)
 
 
-def thresholds(
-    w_p: Tensor, w_n: Tensor, n_p: Tensor, n_n: Tensor, extent: Extent, strength: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The assignment as two thresholds: a = +1 exactly where w > t_p, a = -1 exactly where w < -t_n, else 0.
+def thresholds(steps: Tensor, sizes: Tensor, extent: Extent, strength: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The assignment as thresholds t `[2, L, N]`: a >= k exactly where w > t_k, a <= -k exactly where -w > t_k.
 
-    Minimising (w - c)^2 + lambda * I_c over the three centroids c and expanding the squares gives
-    t_c = w_c / 2 + lambda * (I_c - I_0) / (2 * w_c). All arguments and results are `[L]`; n_p and n_n are the sizes
-    of the nearest-centroid clusters; the third result is lambda. A centroid of 0 has no cluster: t = inf.
+    Minimising (w - c)^2 + lambda * I_c over the centroids c and expanding the squares, c_i is cheaper than c_j < c_i
+    exactly where w > (c_i + c_j) / 2 + lambda * (I_i - I_j) / (2 * (c_i - c_j)): lines of which the assignment is the
+    lower envelope. So t_k is the least over i >= k of the largest over j < k of these bounds. As zero is the cheapest
+    cluster, the sides do not meet. The second result is lambda, `[L]`. Levels that a layer lacks, or a side whose step
+    is 0, have t = inf. `sizes` are those of the nearest-centroid clusters.
 
-    Since lambda <= g * lambda_c, t_c <= w_c / 2 + g * (m_c - w_c / 2) < m_c for g < 1, with m_c the outermost weight:
-    the cluster keeps at least that one.
+    Since lambda <= g * lambda_c, the outermost weight of a side never leaves its centroid for zero if g < 1.
     """
-    p_p, p_0, p_n = probabilities(n_p, n_n, extent.numel)
-    di_p, di_n = information(p_p) - information(p_0), information(p_n) - information(p_0)
-    lam = lagrangian(w_p, w_n, di_p, di_n, extent, strength)
+    p, p_0 = probabilities(sizes, extent.numel, levels)
+    di = information(p) - information(p_0)[:, None]
+    lam = lagrangian(steps, di, extent, strength, levels)
+    k = torch.arange(sizes.shape[2] + 1, device=steps.device)
+    c, bits = k * steps[..., None], torch.nn.functional.pad(di, (1, 0))
+    i, j = (..., None, slice(None)), (..., slice(None), None)
+    bounds = (c[i] + c[j]) / 2 + lam[:, None, None] * (bits[i] - bits[j]) / (2 * (c[i] - c[j]))
+    usable = (steps > 0)[..., None, None] & (k <= levels[:, None])[i]
+    bounds = torch.where(usable, torch.where(k[i] > k[j], bounds, -torch.inf), torch.inf)
+    largest = bounds.cummax(2).values  # over j up to each row's
+    least = largest.flip(3).cummin(3).values.flip(3)  # over i from each column's on
+    return least.diagonal(1, 2, 3), lam
 
-    def threshold(centroid: Tensor, di: Tensor) -> Tensor:
-        return torch.where(centroid > 0, centroid / 2 + lam * di / (2 * centroid), torch.inf)
 
-    return threshold(w_p, di_p), threshold(w_n, di_n), lam
-
-
-def entropy(n_p: Tensor, n_n: Tensor, numel: Tensor) -> Tensor:
-    """First-order entropy of the assignment, in bits a weight."""
-    shares = torch.stack([n_p, n_n, numel - n_p - n_n]) / numel
+def entropy(sizes: Tensor, numel: Tensor) -> Tensor:
+    """First-order entropy of the assignment, in bits a weight, `[L]`; `sizes` `[2, L, N]` are those of its clusters."""
+    of_levels = sizes.transpose(1, 2).flatten(0, 1)
+    shares = torch.cat([of_levels, (numel - of_levels.sum(0))[None]]) / numel
     return -torch.xlogy(shares, shares).sum(0) / torch.log(torch.tensor(2.0, dtype=shares.dtype))

@@ -18,7 +18,7 @@ from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import wanted_spec
 from engine.program.processes import is_first
-from engine.program.report import say
+from engine.program.report import say, short
 from engine.store.checkpoint import Checkpoint, as_built, find, read_network
 from engine.store.files import hold
 from engine.store.run_folder import Record, Run, resume_from, shaping
@@ -26,7 +26,7 @@ from engine.training import derived_seed
 from model import row_of
 from model.own import is_own
 from model.selection import Patterns
-from model_quantization.arguments import FP_MODEL, FP_MODELS
+from model_quantization.arguments import ALL, FP_MODEL, FP_MODELS
 from model_quantization.choosing import choose, say_costs, show
 from model_quantization.comparison import Choice, compare, read_best
 from model_quantization.plots import plot_ternarization
@@ -38,6 +38,8 @@ from rulers.tally import task_of
 
 def run(args: Namespace) -> int:
     """Run this shard's pairs of the grid; compare all finished ones; copy the best network."""
+    if args.do_prune and args.bits:
+        raise UserError("--bits: pruned layers keep their values; leave it or --do-prune out")
     checkpoint = full_precision(args)
     machine = choose_machine(args.cuda, args.amp, args.compile)
     data = load_data(request_of(checkpoint, args), machine.device)
@@ -68,12 +70,12 @@ def sweep(
 ) -> int:
     """Run this shard's pairs; compare all finished ones."""
     save_dir, name = Path(args.save_dir), Path(recipes[0].model_dict).stem
-    runs = [Run(save_dir, f"{name}_s{recipe.s:g}_g{recipe.g:g}", shaping(recipe)) for recipe in recipes]
+    runs = [Run(save_dir, f"{name}_s{short(recipe.s)}_g{recipe.g:g}", shaping(recipe)) for recipe in recipes]
     if args.resume:
         resume_from(Path(args.resume), runs)
     shard, shards = args.shard
     for recipe, pair in list(zip(recipes, runs, strict=True))[shard - 1 :: shards]:
-        say(f"\nPair s {recipe.s:g}, g {recipe.g:g}  ({pair.folder})")
+        say(f"\nPair s {short(recipe.s)}, g {recipe.g:g}  ({pair.folder})")
         if (result := pair.result) and not args.no_resume:
             say(f"  finished before with {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
         else:
@@ -153,6 +155,7 @@ def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, a
         compile=args.compile,
         layers=tuple(args.layers),
         without=tuple(args.without),
+        bits=tuple(sorted(args.bits, key=lambda one: one[0] != ALL)),
         holdout=args.holdout,
         teacher=args.teacher,
         teacher_sha256=teacher.sha256 if teacher else None,

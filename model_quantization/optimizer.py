@@ -5,7 +5,7 @@ from torch import nn
 
 from engine.store.checkpoint import Content
 from engine.training import load_moments
-from model_quantization.quantized_layers import TernaryLayers
+from model_quantization.quantized_layers import QuantizedLayers
 
 
 class EC2TOptimizer:
@@ -21,7 +21,7 @@ class EC2TOptimizer:
         weight_decay: of the other parameters.
     """
 
-    def __init__(self, layers: TernaryLayers, others: list[nn.Parameter], lr: float, lr2: float, weight_decay: float):
+    def __init__(self, layers: QuantizedLayers, others: list[nn.Parameter], lr: float, lr2: float, weight_decay: float):
         self.layers, self.others = layers, others
         groups = [{"params": others, "weight_decay": weight_decay}]
         if not layers.prune:

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from engine.program.report import short
 from engine.store.checkpoint import Content
 from engine.store.files import write_whole
 from engine.store.run_folder import Record, Run
-from model_quantization import ec2t
 
 POSITIVE, ZERO, NEGATIVE = "#c2553f", "#d9d9d9", "#3f6fa8"
 DARK, GREEN, GREY = "#333333", "#3f8f5f", "#8a8a8a"
@@ -28,9 +28,7 @@ def plot_ternarization(content: Content, run: Run, result: Record) -> Path:
         result: of the run.
     """
     assignments = content["assignments"].values()
-    n_n, n_0, n_p = (torch.tensor([(a == value).sum() for a in assignments]).double() for value in (-1, 0, 1))
-    numel = n_n + n_0 + n_p
-    shares = (torch.stack([n_n, n_0, n_p]) / numel).numpy()
+    shares = torch.tensor([[(a.sign() == sign).double().mean() for a in assignments] for sign in (-1, 0, 1)]).numpy()
     w_p, w_n = (np.array(values) for values in zip(*(c.tolist() for c in content["centroids"].values()), strict=True))
     layers = np.arange(shares.shape[1])
     figure = Figure(figsize=(11, 12), layout="constrained")
@@ -47,20 +45,27 @@ def plot_ternarization(content: Content, run: Run, result: Record) -> Path:
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
-    _stack(axes[1], shares, (NEGATIVE, ZERO, POSITIVE), ("$-w_n$", "0", "$+w_p$"))
+    _stack(axes[1], shares, (NEGATIVE, ZERO, POSITIVE), ("below 0", "0", "above 0"))
     axes[2].plot(layers, w_p, "^", ms=4, color=POSITIVE, label="$+w_p$")
     axes[2].plot(layers, -w_n, "v", ms=4, color=NEGATIVE, label="$-w_n$")
     axes[2].axhline(0, color=ZERO)
     axes[2].set(ylabel="centroid", xlim=(-0.5, len(layers) - 0.5))
     axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    axes[3].bar(layers, ec2t.entropy(n_p, n_n, numel), 1, color=GREY)
-    axes[3].set(ylabel="entropy (bit a weight)", ylim=(0, np.log2(3)), xlim=(-0.5, len(layers) - 0.5))
+    most = max(int(a.max() - a.min()) + 1 for a in assignments)
+    axes[3].bar(layers, [entropy(a) for a in assignments], 1, color=GREY)
+    axes[3].set(ylabel="entropy (bit a weight)", ylim=(0, np.log2(max(most, 3))), xlim=(-0.5, len(layers) - 0.5))
     axes[3].set(xlabel="layer, from the input on")
     figure.suptitle(
         f"{run.label}: {result['accuracy']:.2f}% accuracy at {result['zeros']:.2f}% zeros "
         f"({result['phase']} epoch {result['epoch']})"
     )
     return _save(figure, run.folder / "ternarization.png")
+
+
+def entropy(assignment: Tensor) -> float:
+    """First-order entropy of a layer's assignment, in bits a weight."""
+    p = assignment.unique(return_counts=True)[1].double() / assignment.numel()
+    return -torch.xlogy(p, p).sum().item() / np.log(2)
 
 
 def plot_sweep(results: list[Record], best: int, threshold: float | None, title: str, path: Path) -> Path:
@@ -70,11 +75,11 @@ def plot_sweep(results: list[Record], best: int, threshold: float | None, title:
     zeros, accuracy = (np.array([r[key] for r in results]) for key in ("zeros", "accuracy"))
     front = pareto_front(zeros, accuracy)
     axes.step(zeros[front], accuracy[front], color=GREEN, lw=5, alpha=0.25, label="Pareto front")
-    for number, s in enumerate(sorted({r["s"] for r in results})):
+    for number, s in enumerate(sorted({r["s"] for r in results}, key=str)):
         points = sorted((r["g"], r["zeros"], r["accuracy"]) for r in results if r["s"] == s)
         marker = "osD^v<>ph*"[number % 10]
         _, *place = zip(*points, strict=True)
-        axes.plot(*place, f"{marker}:", color=f"C{number % 10}", label=f"s {s:g}")
+        axes.plot(*place, f"{marker}:", color=f"C{number % 10}", label=f"s {short(s)}")
         for g, x, y in points:
             axes.annotate(f"{g:g}", (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=30)
     axes.plot(zeros[best], accuracy[best], "o", ms=13, mfc="none", mec=POSITIVE, label="best")
@@ -116,7 +121,7 @@ def plot_layers(assignments: dict[str, Tensor], result: Record, title: str, path
     _stack(axes, np.array(shares).T, (DARK, ZERO, NEGATIVE), ("kept", "deleted within kernels", "deleted channels"))
     axes.set(xlabel="layer, from the input on")
     figure.suptitle(
-        f"{title}: {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros (s {result['s']:g}, g {result['g']:g})"
+        f"{title}: {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros (s {short(result['s'])}, g {result['g']:g})"
     )
     return _save(figure, path)
 

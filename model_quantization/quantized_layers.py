@@ -1,4 +1,4 @@
-"""The ternary state of a network: full-precision weights, centroids and assignments of all its ternarized layers.
+"""The quantized state of a network: full-precision weights, centroids and assignments of its quantized layers.
 
 All layers lie one behind the other in flat buffers, each padded with zeros to whole rows of ROW weights. A step is
 then a few dozen tensor operations over long stretches of rows, however many layers there are, and needs no
@@ -6,7 +6,7 @@ copies between the optimizer's and the network's tensors: the network's paramete
 their gradients views into `gradient`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,39 +15,52 @@ from torch import Tensor, nn
 from model_quantization import ec2t
 from model_quantization.ec2t import Extent
 
+AUTO = "auto"  # steps of least squared error, in the place of s
+MOST_COMPARED = 7  # levels a side up to which a weight is compared with each edge, which is faster than a search
 ROW = 256  # weights
 CHUNK = 1024  # rows that a CPU works on at a time: they stay in its cache; a GPU takes all in one launch
 
 
-class TernaryLayers:
-    """All ternarized layers of a network (or, with `prune`, all pruned ones), and the steps of EC2T on them.
+class QuantizedLayers:
+    """All quantized layers of a network (or, with `prune`, all pruned ones), and the steps of EC2T on them.
+
+    `layers` names their weights, ternary ones, or tells the bits of each, 2 to 8, by its name.
 
     Attributes (R rows, L layers; float32 unless said otherwise):
         weights: `[R, ROW]` full-precision weights w, trained.
-        assignment: int8 `[R, ROW]`, -1, 0 or +1.
+        assignment: int8 `[R, ROW]`, the level of each weight, from -n to n.
         quantized: `[R, ROW]`, what the network computes with; of the parameters' dtype.
         gradient: `[R, ROW]`, the loss's gradient at `quantized`, accumulated by backward.
-        centroids: `[2, L]`, w_p and w_n, both positive.
+        centroids: `[2, L]`, the steps w_p and w_n, which are the centroids of ternary layers; both positive.
         frozen: whether the assignment stays as it is.
     """
 
     def __init__(
-        self, network: nn.Module, names: list[str], s: float, g: float, sustain: float = 0.0, prune: bool = False
+        self,
+        network: nn.Module,
+        layers: Sequence[str] | Mapping[str, int],
+        s: float | str,
+        g: float,
+        sustain: float = 0.0,
+        prune: bool = False,
     ):
-        parameters = dict(network.named_parameters())
-        self.names = list(names)
-        self.parameters = [parameters[name] for name in names]
+        parameters = dict(network.named_parameters(remove_duplicate=False))
+        self.bits = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 2)
+        self.names = list(self.bits)
+        self.parameters = [parameters[name] for name in self.names]
         self.prune, self.frozen = prune, False
         device, dtype = self.parameters[0].device, self.parameters[0].dtype
         sizes = [p.numel() for p in self.parameters]
         rows = [-(-size // ROW) for size in sizes]
+        levels = [ec2t.levels_of(bits) for bits in self.bits.values()]
+        self.levels, self.most = torch.tensor(levels, dtype=torch.float64, device=device), max(levels)
         self.numel = torch.tensor(sizes, dtype=torch.float64, device=device)
         self.strength = g * ec2t.layer_factor(self.numel, sustain)
 
         self.quantized = torch.zeros(sum(rows), ROW, dtype=dtype, device=device)
         self.gradient = torch.zeros_like(self.quantized)
         self.assignment = torch.zeros(sum(rows), ROW, dtype=torch.int8, device=device)
-        self._starts = [ROW * sum(rows[:i]) for i in range(len(rows))]
+        self._rows = [slice(sum(rows[:i]), sum(rows[: i + 1])) for i in range(len(rows))]
         for i, parameter in enumerate(self.parameters):
             view = self.view(self.quantized, i)
             view.copy_(parameter.detach())
@@ -57,16 +70,22 @@ class TernaryLayers:
         self.chunk = CHUNK if device.type == "cpu" else len(self.weights)
         self.weights.grad = self.gradient.float()  # the same memory for float32 parameters
         counts, total = torch.tensor(rows, device=device), sum(rows)
-        layers = torch.arange(len(rows), device=device)
-        self._layer_of_row = layers.repeat_interleave(counts, output_size=total)
+        self._layer_of_row = torch.arange(len(rows), device=device).repeat_interleave(counts, output_size=total)
         # rows of each layer, filled up with the index of a row of zeros behind the last
         column, first = torch.arange(max(rows), device=device), counts.cumsum(0) - counts
         self._rows_of_layer = torch.where(column < counts[:, None], first[:, None] + column, total)
 
-        centroids = torch.stack(ec2t.initial_centroids(self.extent(), s))
-        self.centroids = nn.Parameter(centroids.float())
+        self._is_ternary = self._per_row(self.levels == 1) == 1
+        self._kept_extent: Extent | None = None
+        steps = self._least_squares_steps() if s == AUTO else ec2t.initial_steps(self.extent(), float(s), self.levels)
+        self.centroids = nn.Parameter(steps.float())
         self.centroids.grad = torch.zeros_like(self.centroids)
         self.assign()
+
+    def _least_squares_steps(self) -> Tensor:
+        sides = [[side[side > 0] for side in (w, -w)] for w in (self.weights.detach()[rows] for rows in self._rows)]
+        steps = [[ec2t.least_squares_step(m, int(n)) for m in two] for two, n in zip(sides, self.levels, strict=True)]
+        return torch.stack([torch.stack(side) for side in zip(*steps, strict=True)])
 
     def compile(self) -> None:
         """Compile the two passes of a step: their operations fuse, and need no chunks to stay in the cache."""
@@ -77,29 +96,29 @@ class TernaryLayers:
     def view(self, buffer: Tensor, i: int) -> Tensor:
         """Layer `i` of a flat buffer, in the shape and memory layout of its parameter."""
         shape = self.parameters[i].shape
-        return buffer.view(-1).as_strided(shape, self.parameters[i].stride(), self._starts[i])
+        return buffer.view(-1).as_strided(shape, self.parameters[i].stride(), ROW * self._rows[i].start)
 
     @torch.no_grad()
     def assign(self) -> None:
-        """Bound the centroids, assign every weight again (unless frozen), rebuild `quantized`."""
-        extent = self.extent()
-        w_p, w_n = self.centroids.double()
-        w_p, w_n = ec2t.bounded_centroids(w_p, w_n, extent)
-        self.centroids.copy_(torch.stack([w_p, w_n]))
-        row_w_p, row_w_n = self._per_row(w_p), self._per_row(w_n)
+        """Bound the steps, assign every weight again (unless frozen), rebuild `quantized`."""
+        extent = self._kept_extent or self.extent()
+        self._kept_extent = extent if self.frozen and not self.prune else None  # frozen weights do not move
+        steps = ec2t.bounded_steps(self.centroids.double(), extent, self.levels)
+        self.centroids.copy_(steps)
+        row_w_p, row_w_n = map(self._per_row, steps)
         if self.frozen:
             for rows in self._chunks():
                 plus = self.assignment[rows].clamp(min=0).float()
                 self._rebuild(rows, plus, plus - self.assignment[rows], row_w_p, row_w_n)
         else:
-            n_p, n_n = self._count_beyond(w_p / 2, w_n / 2)
-            t_p, t_n, _ = ec2t.thresholds(w_p, w_n, n_p, n_n, extent, self.strength)
-            for rows, plus, minus in self._beyond(t_p, t_n):
+            sizes = self._sizes(ec2t.nearest_edges(steps, self.levels, self.most))
+            edges, _ = ec2t.thresholds(steps, sizes, extent, self.strength, self.levels)
+            for rows, plus, minus in self._assigned(edges):
                 self.assignment[rows] = plus - minus
                 self._rebuild(rows, plus, minus, row_w_p, row_w_n)
 
     def _rebuild(self, rows: slice, plus: Tensor, minus: Tensor, w_p: Tensor, w_n: Tensor) -> None:
-        """Set `quantized` where the assignment is +1 (`plus` is 1.0) and where it is -1 (`minus` is 1.0)."""
+        """Set `quantized` where the assignment is k > 0 (`plus` is k) and where it is -k < 0 (`minus` is k)."""
         if self.prune:
             self.quantized[rows] = self.weights[rows] * (plus + minus)
         else:
@@ -109,8 +128,9 @@ class TernaryLayers:
     def scale_gradients(self) -> None:
         """Turn the gradient at q into the gradients of the centroids and of the full-precision weights.
 
-        dL/dw_p is the sum of g_q over a = +1, dL/dw_n minus the sum over a = -1, as q = -w_n there; g_q times
-        w_p, w_n or 1 is the weights' gradient. Pruned weights take g_q as it is, and centroids get none.
+        dL/dw_p is the sum of a * g_q over a > 0, dL/dw_n that over a < 0, as q = a * w_n there. Weights of ternary
+        layers take g_q times w_p, w_n or 1; those of others, and pruned ones, take it as it is. Centroids of pruned
+        layers get none.
         """
         assert self.weights.grad is not None and self.centroids.grad is not None
         if self.prune:
@@ -123,6 +143,8 @@ class TernaryLayers:
             signed[rows] = torch.linalg.vecdot(assignment, gradient)
             unsigned[rows] = torch.linalg.vecdot(assigned, gradient)
             scale = self.quantized[rows].abs().add_(1 - assigned)  # w_p, w_n or 1
+            if self.most > 1:
+                scale = torch.where(self._is_ternary[rows], scale, 1.0)
             torch.mul(gradient, scale, out=self.weights.grad[rows])
         signed, unsigned = self._per_layer(signed).sum(1), self._per_layer(unsigned).sum(1)
         self.centroids.grad.copy_(torch.stack([unsigned + signed, signed - unsigned]) / 2)
@@ -141,21 +163,45 @@ class TernaryLayers:
             self._per_layer(high).amax(1), self._per_layer(low).amin(1), variance.clamp(min=0).sqrt(), self.numel
         )
 
-    def _beyond(self, t_p: Tensor, t_n: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For each chunk of rows: where w > t_p and where w < -t_n, as 1.0 and 0.0."""
-        t_p, t_n = self._per_row(t_p), self._per_row(-t_n)
+    def _assigned(self, edges: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For each stretch of rows: how many of its layer's `edges` `[2, L, N]` w exceeds, and how many -w does."""
+        if self.most > MOST_COMPARED:
+            yield from self._searched(edges.float())
+            return
+        above, below = ([self._per_row(edge) for edge in side.unbind(1)] for side in (edges[0], -edges[1]))
         for rows in self._chunks():
             weights = self.weights[rows]
-            plus = torch.gt(weights, t_p[rows], out=torch.empty_like(weights))  # float results: many times faster
-            minus = torch.lt(weights, t_n[rows], out=torch.empty_like(weights))
+            # float results: many times faster than booleans
+            plus = torch.gt(weights, above[0][rows], out=torch.empty_like(weights))
+            minus = torch.lt(weights, below[0][rows], out=torch.empty_like(weights))
+            for higher, lower in zip(above[1:], below[1:], strict=True):
+                plus += torch.gt(weights, higher[rows], out=torch.empty_like(weights))
+                minus += torch.lt(weights, lower[rows], out=torch.empty_like(weights))
             yield rows, plus, minus
 
-    def _count_beyond(self, t_p: Tensor, t_n: Tensor) -> tuple[Tensor, Tensor]:
-        """The number of weights above t_p and below -t_n in each layer, `[L]`."""
-        n_p, n_n = self._row_vector(), self._row_vector()
-        for rows, plus, minus in self._beyond(t_p, t_n):
-            n_p[rows], n_n[rows] = plus.sum(1), minus.sum(1)
-        return self._per_layer(n_p).sum(1), self._per_layer(n_n).sum(1)
+    def _searched(self, edges: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """As `_assigned`, layer by layer, by binary search."""
+        for i, rows in enumerate(self._rows):
+            weights = self.weights[rows]
+            plus = torch.bucketize(weights, edges[0, i], out_int32=True).float()
+            yield rows, plus, torch.bucketize(-weights, edges[1, i], out_int32=True).float()
+
+    def _sizes(self, edges: Tensor) -> Tensor:
+        """The number of weights between each of its layer's `edges` `[2, L, N]` and the next one, `[2, L, N]`."""
+        sizes = torch.zeros_like(edges)
+        if self.most == 1:
+            n_p, n_n = self._row_vector(), self._row_vector()
+            for rows, plus, minus in self._assigned(edges):
+                n_p[rows], n_n[rows] = plus.sum(1), minus.sum(1)
+            sizes[0, :, 0], sizes[1, :, 0] = (self._per_layer(n).sum(1) for n in (n_p, n_n))
+            return sizes
+        counts = torch.zeros(2, len(self.numel), self.most + 1, dtype=torch.int64, device=edges.device)
+        layer = self._layer_of_row * (self.most + 1)
+        for rows, *sides in self._assigned(edges):
+            for side, level in zip(counts, sides, strict=True):
+                places = level.long().add_(layer[rows][:, None]).flatten()
+                side.view(-1).scatter_add_(0, places, torch.ones_like(places))
+        return counts[..., 1:].double()
 
     def _chunks(self) -> Iterator[slice]:
         return (slice(start, start + self.chunk) for start in range(0, len(self.weights), self.chunk))
@@ -171,17 +217,19 @@ class TernaryLayers:
         """`[R]` to float64 `[L, most rows of a layer]`, filled up with zeros: sums in a fixed order."""
         return F.pad(per_row.double(), (0, 1))[self._rows_of_layer]
 
-    def cluster_sizes(self) -> tuple[Tensor, Tensor]:
-        """The number of weights assigned to w_p and to -w_n in each layer, `[L]`."""
-        n_p, n_n = (
-            self._per_layer(torch.cat([(self.assignment[r] == sign).sum(1) for r in self._chunks()])).sum(1)
+    def cluster_sizes(self) -> Tensor:
+        """The number of weights assigned to each level of either side, `[2, L, N]`."""
+        counts = [
+            torch.cat([(self.assignment[r] == sign * k).sum(1) for r in self._chunks()])
             for sign in (1, -1)
-        )
-        return n_p, n_n
+            for k in range(1, self.most + 1)
+        ]
+        sums = torch.stack([self._per_layer(count).sum(1) for count in counts], 1)
+        return sums.view(len(self.numel), 2, self.most).transpose(0, 1)
 
     def entropy(self) -> float:
         """First-order entropy of the assignments, in bits a weight over all layers."""
-        return ((ec2t.entropy(*self.cluster_sizes(), self.numel) * self.numel).sum() / self.numel.sum()).item()
+        return ((ec2t.entropy(self.cluster_sizes(), self.numel) * self.numel).sum() / self.numel.sum()).item()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of everything that training changes."""
@@ -196,6 +244,7 @@ class TernaryLayers:
             if own.shape != other.shape:
                 raise ValueError(f"{name} is {list(other.shape)} where {list(own.shape)} is needed")
             own.copy_(other)
+        self._kept_extent = None
 
     def by_layer(self) -> dict[str, dict[str, Tensor]]:
         """Assignments (int8, in the parameters' shapes) and centroids (w_p, w_n) by layer name, on the CPU."""

@@ -16,7 +16,7 @@ from engine.training import Epoch, cosine, derived_seed, train_epoch
 from model.selection import Patterns
 from model_quantization.choosing import Layers
 from model_quantization.optimizer import EC2TOptimizer
-from model_quantization.quantized_layers import TernaryLayers
+from model_quantization.quantized_layers import QuantizedLayers
 
 RETRAIN = "retrain"  # name of the second phase
 
@@ -35,7 +35,7 @@ class Recipe:
     dataset: str
     data: str
     image_size: int
-    s: float
+    s: float | str
     g: float
     epochs: int
     retrain_epochs: int
@@ -51,6 +51,7 @@ class Recipe:
     compile: bool
     layers: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    bits: tuple[tuple[str, int], ...] = ()
     holdout: float = 0.0
     teacher: str | None = None
     teacher_sha256: str | None = None
@@ -60,7 +61,7 @@ class Recipe:
 
     @property
     def patterns(self) -> Patterns:
-        return Patterns(self.layers, self.without)
+        return Patterns(self.layers, self.without, self.bits)
 
     @property
     def phases(self) -> list[Phase]:
@@ -83,7 +84,7 @@ class Quantization:
         parameters = dict(self.network.named_parameters())
         for name in layers.fixed:
             parameters.pop(name).requires_grad_(False)
-        self.layers = TernaryLayers(self.network, names, recipe.s, recipe.g, recipe.lambda_sustain, recipe.do_prune)
+        self.layers = QuantizedLayers(self.network, names, recipe.s, recipe.g, recipe.lambda_sustain, recipe.do_prune)
         if machine.compile:
             self.layers.compile()
         self.others = [p for name, p in parameters.items() if name not in names and p.requires_grad]

@@ -44,6 +44,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+def short(value: object) -> str:
+    """A setting as people write it: 0.45, 1e-05, auto."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def with_unit(number: float) -> str:
     """A large number with the unit that reads best: 8055124 is 8.06M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):

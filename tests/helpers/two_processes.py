@@ -25,7 +25,7 @@ from engine.training import Epoch, train_epoch
 from model import build
 from model.selection import ternary_candidates
 from model_quantization.optimizer import EC2TOptimizer
-from model_quantization.quantized_layers import TernaryLayers
+from model_quantization.quantized_layers import QuantizedLayers
 
 STEPS, BATCH, IMAGES, CLASSES = 4, 16, 67, 10
 
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
         "evaluated_on": torch.cat([labels for _, labels in data.val_batches()]),
     }
 
-    layers = TernaryLayers(network, ternary_candidates(network, "resnet20"), s=0.3, g=0.1)
+    layers = QuantizedLayers(network, ternary_candidates(network, "resnet20"), s=0.3, g=0.1)
     parameters = dict(network.named_parameters())
     others = [parameter for name, parameter in parameters.items() if name not in layers.names]
     optimizer = EC2TOptimizer(layers, others, lr=1e-3, lr2=1e-4, weight_decay=5e-6)

@@ -24,7 +24,7 @@ from helpers import ROOT
 from helpers.networks import TINY
 from model import build
 from model.selection import ternary_candidates
-from model_quantization.quantized_layers import TernaryLayers
+from model_quantization.quantized_layers import QuantizedLayers
 
 pytestmark = pytest.mark.robustness
 
@@ -36,7 +36,7 @@ def files() -> dict[str, bytes]:
     network = build(TINY)
     told = {"dataset": "digits", "classes": ["0", "1"], "image_size": 8, "accuracy": 50.0}
     best = network_content(TINY, network, **told)
-    layers = TernaryLayers(network, ternary_candidates(network, TINY["name"]), s=0.3, g=0.1)
+    layers = QuantizedLayers(network, ternary_candidates(network, TINY["name"]), s=0.3, g=0.1)
     ternary = network_content(TINY, network, **told, **layers.by_layer(), layers=layers.state_dict())
     contents = {"best": best, "ternary": ternary, "bare": build(TINY).state_dict()}
     made = {}

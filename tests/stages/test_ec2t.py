@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from helpers import REFERENCE
 from model_quantization import ec2t
 from model_quantization.optimizer import EC2TOptimizer
-from model_quantization.quantized_layers import TernaryLayers
+from model_quantization.quantized_layers import QuantizedLayers
 
 ASSIGNMENTS = np.load(REFERENCE / "assignments.npz")
+TERNARY = torch.ones(1, dtype=torch.float64)  # levels of a ternary layer
 CASES = sorted({int(name.split("_")[0]) for name in ASSIGNMENTS.files})
 
 
@@ -25,8 +26,8 @@ def network_of(*weights: Tensor) -> nn.Module:
     return network
 
 
-def layers_of(*weights: Tensor, s: float = 0.3, g: float = 0.15, **options) -> TernaryLayers:
-    return TernaryLayers(network_of(*weights), [f"w{i}" for i in range(len(weights))], s, g, **options)
+def layers_of(*weights: Tensor, s: float = 0.3, g: float = 0.15, **options) -> QuantizedLayers:
+    return QuantizedLayers(network_of(*weights), [f"w{i}" for i in range(len(weights))], s, g, **options)
 
 
 def literal_costs(w: Tensor, w_p: float, w_n: float, g: float, delta: float) -> tuple[Tensor, float]:
@@ -61,8 +62,9 @@ def test_reference_assignments_are_reproduced_exactly(case):
     assert np.array_equal(layers.view(layers.quantized, 0), ASSIGNMENTS[f"{case}_quantized"])
 
     extent = layers.extent()
-    n_p, n_n = (weights > w_p / 2).sum().double(), (weights < -w_n / 2).sum().double()
-    *_, found = ec2t.thresholds(*(torch.tensor([c]) for c in (w_p, w_n)), n_p, n_n, extent, torch.tensor([g * delta]))
+    sizes = torch.stack([(weights > w_p / 2).sum(), (weights < -w_n / 2).sum()]).double().view(2, 1, 1)
+    steps = torch.tensor([[w_p], [w_n]])
+    _, found = ec2t.thresholds(steps, sizes, extent, torch.tensor([g * delta]), TERNARY)
     assert found.item() == pytest.approx(lam, rel=1e-5)
 
 
@@ -92,12 +94,69 @@ def test_assignment_is_the_argmin_of_the_costs(weights, s, g, with_larger_layer)
     assert ((chosen - best) <= rounding).all()
 
 
+def literal_costs_of_levels(w: Tensor, steps: list[float], n: int, strength: float) -> Tensor:
+    """As `literal_costs`, for the levels -n ... n: `[2n + 1, ...]`."""
+    w_p, w_n = steps
+    k = torch.arange(-n, n + 1, dtype=torch.float64)
+    centroids = torch.where(k > 0, k * w_p, k * w_n)
+    column = [-1, *[1] * w.ndim]
+    distance = (w.double()[None] - centroids.view(column)) ** 2
+    nearest = (distance + 1e-300 * k.abs().view(column)).argmin(0)
+    p = torch.bincount(nearest.flatten(), minlength=2 * n + 1).double() / w.numel()
+    others = p.clone()
+    others[n] = 0
+    floor = 0.5 if n == 1 else others.max() / (1 - p[n] + others.max())
+    if p[n] < floor:
+        p = others * (1 - floor) / others.sum()
+        p[n] = floor
+    information = -torch.log2(p.clamp(min=1e-30))
+    limits = []
+    for outermost, sign, step in ((w.double().max(), 1, w_p), (-w.double().min(), -1, w_n)):
+        own = min(n, int(torch.ceil(outermost / step - 0.5))) if step > 0 and outermost > step / 2 else 0
+        if own:
+            saved = (information[n + sign * own] - information[n]).clamp(min=1e-30 if n == 1 else 1.0)
+            limits.append((outermost**2 - (own * step - outermost) ** 2) / saved)
+    lam = strength * min(limits) if limits else 0.0
+    cost = distance + lam * information.view(column)
+    return torch.where(((centroids == 0) & (k != 0)).view(column), torch.inf, cost)
+
+
+def assert_cheapest(layers: QuantizedLayers, i: int, weights: Tensor, strength: float) -> None:
+    """Up to weights whose best costs are equal within float32 rounding of an edge."""
+    n = int(layers.levels[i])
+    steps = layers.centroids[:, i].double().tolist()
+    cost = literal_costs_of_levels(weights, steps, n, strength)
+    k = layers.view(layers.assignment, i)
+    chosen = cost.gather(0, (k.long() + n)[None])[0]
+    scale = weights.double().abs().max() ** 2 + (n * max(steps)) ** 2
+    assert ((chosen - cost.amin(0)) <= 8 * torch.finfo(torch.float32).eps * scale).all()
+    assert torch.equal(layers.view(layers.quantized, i), k * torch.where(k > 0, *layers.centroids[:, i]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(two_sided_weights(), st.integers(2, 8), st.floats(0.05, 1), st.floats(0, 0.95), st.integers(2, 8))
+def test_assignment_is_the_argmin_for_all_bits(weights, bits, s, g, other_bits):
+    """Beside a layer of another width, so that the formulas run over layers of different numbers of levels."""
+    network = network_of(weights, torch.randn(4 * weights.numel()))
+    layers = QuantizedLayers(network, {"w0": bits, "w1": other_bits}, s, g)
+    assert_cheapest(layers, 0, weights, 0.25 * g)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=12), st.integers(2, 8), st.floats(0, 0.95))
+def test_assignment_of_few_and_equal_weights_is_the_argmin(values, bits, g):
+    weights = torch.tensor(values)
+    layers = QuantizedLayers(network_of(weights), {"w0": bits}, 0.7, g)
+    assert_cheapest(layers, 0, weights, g)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 10**6), st.floats(0, 1), st.floats(0, 1))
 def test_probabilities_sum_to_one_and_zero_is_at_least_a_half(numel, a, b):
     n_p = int(a * numel)
     n_n = int(b * (numel - n_p))
-    p_p, p_0, p_n = ec2t.probabilities(*(torch.tensor(float(n), dtype=torch.float64) for n in (n_p, n_n, numel)))
+    sizes = torch.tensor([n_p, n_n], dtype=torch.float64).view(2, 1, 1)
+    (p_p, p_n), p_0 = ec2t.probabilities(sizes, torch.tensor([numel], dtype=torch.float64), TERNARY)
     assert (p_p + p_0 + p_n).item() == pytest.approx(1, abs=1e-12)
     assert p_0 >= 0.5 and p_p >= 0 and p_n >= 0
     if n_p and n_n:
@@ -148,9 +207,11 @@ def test_degenerate_layers_have_a_defined_outcome(weights, dtype, prune):
         optimizer.step()
 
 
-def test_centroid_gradients_are_autograds():
+@pytest.mark.parametrize("bits", [(2, 2), (2, 5), (8, 3)])
+def test_centroid_gradients_are_autograds(bits):
     torch.manual_seed(0)
-    layers = layers_of(torch.randn(6, 5, 3, 3), torch.randn(40, 10), g=0.3)
+    weights = torch.randn(6, 5, 3, 3), torch.randn(40, 10)
+    layers = QuantizedLayers(network_of(*weights), dict(zip(("w0", "w1"), bits, strict=True)), 0.3, 0.3)
     g_q = torch.randn_like(layers.quantized)
     layers.gradient.copy_(g_q)
     before = layers.weights.detach().clone()
@@ -158,12 +219,13 @@ def test_centroid_gradients_are_autograds():
     for i in range(2):
         w_p, w_n = (c.clone().requires_grad_() for c in layers.centroids.detach()[:, i])
         assignment = layers.view(layers.assignment, i)
-        q = torch.where(assignment > 0, w_p, torch.where(assignment < 0, -w_n, 0.0))
+        q = assignment * torch.where(assignment > 0, w_p, w_n)
         assert torch.equal(q, layers.view(layers.quantized, i))
         (q * layers.view(g_q, i)).sum().backward()
         assert layers.centroids.grad[0, i].item() == pytest.approx(w_p.grad.item(), rel=1e-4)
         assert layers.centroids.grad[1, i].item() == pytest.approx(w_n.grad.item(), rel=1e-4)
-        scale = torch.where(assignment > 0, w_p, torch.where(assignment < 0, w_n, 1.0))
+        ternary = torch.where(assignment > 0, w_p, torch.where(assignment < 0, w_n, 1.0))
+        scale = ternary if bits[i] == 2 else 1.0
         assert torch.allclose(layers.view(layers.weights.grad, i), layers.view(g_q, i) * scale)
     assert torch.equal(layers.weights, before)
 
@@ -171,7 +233,7 @@ def test_centroid_gradients_are_autograds():
 def test_backward_reaches_the_gradient_buffer_through_a_real_network():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False))
-    layers = TernaryLayers(network, ["0.weight", "2.weight"], 0.3, 0.1)
+    layers = QuantizedLayers(network, ["0.weight", "2.weight"], 0.3, 0.1)
     images = torch.randn(2, 3, 8, 8)
     twin = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False))
     twin.load_state_dict(network.state_dict())
@@ -198,6 +260,27 @@ def test_extent_is_that_of_the_weights(shift):
         assert extent.std[i].item() == pytest.approx(w.double().std().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 3, 7, 127])
+def test_least_squares_steps_are_those_of_a_fine_search(n):
+    magnitudes = torch.randn(400).abs()
+    step = ec2t.least_squares_step(magnitudes, n)
+
+    def error(step: float) -> float:
+        return (magnitudes - step * (magnitudes / step).round().clamp(max=n)).square().sum().item()
+
+    best = min(error(float(one)) for one in torch.linspace(0.02, 1.2, 3000) * magnitudes.max() / n)
+    assert error(step.item()) <= 1.02 * best
+    assert ec2t.least_squares_step(magnitudes[:0], n) == 0
+
+
+def test_auto_steps_start_both_sides_apart():
+    weights = torch.cat([torch.rand(300), -2 * torch.rand(300)])
+    layers = QuantizedLayers(network_of(weights), {"w0": 4}, "auto", 0.0)
+    w_p, w_n = layers.centroids[:, 0].tolist()
+    assert 0.1 < w_p < 0.15 and 0.2 < w_n < 0.3
+    assert (layers.view(layers.quantized, 0) - weights).abs().max() < 0.2
+
+
 def test_layer_factor_and_its_later_form():
     numel = torch.tensor([100.0, 400.0], dtype=torch.float64)
     assert ec2t.layer_factor(numel).tolist() == [0.25, 1.0]
@@ -207,7 +290,8 @@ def test_layer_factor_and_its_later_form():
 def test_entropy_of_equal_clusters_and_of_one_cluster():
     thirds = torch.tensor([3.0, 0.0], dtype=torch.float64)
     numel = torch.tensor([9.0, 9.0], dtype=torch.float64)
-    assert ec2t.entropy(thirds, thirds, numel).tolist() == pytest.approx([np.log2(3), 0.0])
+    sizes = torch.stack([thirds, thirds])[..., None]
+    assert ec2t.entropy(sizes, numel).tolist() == pytest.approx([np.log2(3), 0.0])
 
 
 def test_a_frozen_assignment_stays_and_centroids_move():
