@@ -120,9 +120,8 @@ def plot_layers(assignments: dict[str, Tensor], result: Record, title: str, path
     axes = figure.subplots()
     _stack(axes, np.array(shares).T, (DARK, ZERO, NEGATIVE), ("kept", "deleted within kernels", "deleted channels"))
     axes.set(xlabel="layer, from the input on")
-    figure.suptitle(
-        f"{title}: {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros (s {short(result['s'])}, g {result['g']:g})"
-    )
+    pair = f"s {short(result['s'])}, g {result['g']:g}"
+    figure.suptitle(f"{title}: {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros ({pair})")
     return _save(figure, path)
 
 

@@ -183,8 +183,12 @@ def test_attention_is_made_of_linear_layers():
 
 def test_patterns_name_weights_or_modules():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1))
-    assert chosen(network, [], Patterns(("0", "2.w*"))) == ["0.weight", "2.weight"]
-    assert chosen(network, ["0.weight", "2.weight"], Patterns((), ("0",))) == ["2.weight"]
+    assert chosen(network, [], Patterns(("0", "2.w*"))) == {"0.weight": 2, "2.weight": 2}
+    assert chosen(network, ["0.weight", "2.weight"], Patterns((), ("0",))) == {"2.weight": 2}
+    bits = (("*", 4), ("2", 8))
+    assert chosen(network, ["0.weight", "2.weight"], Patterns(bits=bits)) == {"0.weight": 4, "2.weight": 8}
+    with pytest.raises(NoSuchLayer, match=r"no chosen layer's name matches '1' \(there are 2.weight\)"):
+        chosen(network, ["2.weight"], Patterns(bits=(("1", 4),)))
     with pytest.raises(NoSuchLayer, match=r"'1' \(there are 0.weight, 2.weight\)"):
         chosen(network, [], Patterns(("1",)))
 
