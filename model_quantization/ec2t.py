@@ -135,15 +135,18 @@ def thresholds(steps: Tensor, sizes: Tensor, extent: Extent, strength: Tensor, l
     p, p_0 = probabilities(sizes, extent.numel, levels)
     di = information(p) - information(p_0)[:, None]
     lam = lagrangian(steps, di, extent, strength, levels)
-    k = torch.arange(sizes.shape[2] + 1, device=steps.device)
-    c, bits = k * steps[..., None], torch.nn.functional.pad(di, (1, 0))
-    i, j = (..., None, slice(None)), (..., slice(None), None)
-    bounds = (c[i] + c[j]) / 2 + lam[:, None, None] * (bits[i] - bits[j]) / (2 * (c[i] - c[j]))
-    usable = (steps > 0)[..., None, None] & (k <= levels[:, None])[i]
-    bounds = torch.where(usable, torch.where(k[i] > k[j], bounds, -torch.inf), torch.inf)
-    largest = bounds.cummax(2).values  # over j up to each row's
-    least = largest.flip(3).cummin(3).values.flip(3)  # over i from each column's on
-    return least.diagonal(1, 2, 3), lam
+    k = torch.arange(1, sizes.shape[2] + 1, device=steps.device)
+    usable = (steps > 0)[..., None] & (k <= levels[:, None])
+    c_i, i_i = k * steps[..., None], di
+    c_j, i_j = torch.zeros_like(c_i[..., :1]), torch.zeros_like(di[..., :1])  # of zero
+    largest, edges = torch.where(usable, -torch.inf, torch.inf), []
+    for _ in k:
+        bounds = (c_j + c_i) / 2 + lam[:, None] * (i_i - i_j) / (2 * (c_i - c_j))
+        largest = torch.where(usable, largest.maximum(bounds), torch.inf)
+        edges.append(largest.amin(2))
+        (c_j, c_i), (i_j, i_i) = ((each[..., :1], each[..., 1:]) for each in (c_i, i_i))
+        largest, usable = largest[..., 1:], usable[..., 1:]
+    return torch.stack(edges, 2), lam
 
 
 def entropy(sizes: Tensor, numel: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class EC2TOptimizer:
         self.layers.gradient.zero_()
 
     def step(self) -> None:
+        self.layers.collect_gradients()
         self.layers.scale_gradients()
         self.adam.step()
         self.layers.assign()

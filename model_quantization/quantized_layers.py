@@ -66,6 +66,7 @@ class QuantizedLayers:
             view.copy_(parameter.detach())
             parameter.data = view
             parameter.grad = self.view(self.gradient, i)  # backward adds to it
+        self._gradients = [parameter.grad for parameter in self.parameters]
         self.weights = nn.Parameter(self.quantized.float().clone())
         self.chunk = CHUNK if device.type == "cpu" else len(self.weights)
         self.weights.grad = self.gradient.float()  # the same memory for float32 parameters
@@ -99,6 +100,15 @@ class QuantizedLayers:
         return buffer.view(-1).as_strided(shape, self.parameters[i].stride(), ROW * self._rows[i].start)
 
     @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Take over gradients that are not in the buffer, as after `zero_grad` of torch's or with none at all."""
+        for i, (parameter, kept) in enumerate(zip(self.parameters, self._gradients, strict=True)):
+            if parameter.grad is not kept:
+                view = self.view(self.gradient, i)
+                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                parameter.grad = kept
+
+    @torch.no_grad()
     def assign(self) -> None:
         """Bound the steps, assign every weight again (unless frozen), rebuild `quantized`."""
         extent = self._kept_extent or self.extent()
@@ -111,7 +121,7 @@ class QuantizedLayers:
                 plus = self.assignment[rows].clamp(min=0).float()
                 self._rebuild(rows, plus, plus - self.assignment[rows], row_w_p, row_w_n)
         else:
-            sizes = self._sizes(ec2t.nearest_edges(steps, self.levels, self.most))
+            sizes = self._sizes(steps)
             edges, _ = ec2t.thresholds(steps, sizes, extent, self.strength, self.levels)
             for rows, plus, minus in self._assigned(edges):
                 self.assignment[rows] = plus - minus
@@ -180,28 +190,32 @@ class QuantizedLayers:
             yield rows, plus, minus
 
     def _searched(self, edges: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """As `_assigned`, layer by layer, by binary search."""
+        """As `_assigned`, layer by layer, by binary search among the edges of both sides."""
+        below = torch.nextafter(-edges[1], torch.tensor(-torch.inf, device=edges.device)).flip(1)
+        both = torch.cat([below, edges[0]], 1)  # w < -t and w > t, both as "exceeds"
         for i, rows in enumerate(self._rows):
-            weights = self.weights[rows]
-            plus = torch.bucketize(weights, edges[0, i], out_int32=True).float()
-            yield rows, plus, torch.bucketize(-weights, edges[1, i], out_int32=True).float()
+            level = torch.bucketize(self.weights[rows], both[i], out_int32=True).sub_(self.most).float()
+            yield rows, level.clamp(min=0), (-level).clamp_(min=0)
 
-    def _sizes(self, edges: Tensor) -> Tensor:
-        """The number of weights between each of its layer's `edges` `[2, L, N]` and the next one, `[2, L, N]`."""
-        sizes = torch.zeros_like(edges)
+    def _sizes(self, steps: Tensor) -> Tensor:
+        """The number of weights nearest to each centroid of either side, `[2, L, N]`."""
         if self.most == 1:
             n_p, n_n = self._row_vector(), self._row_vector()
-            for rows, plus, minus in self._assigned(edges):
+            for rows, plus, minus in self._assigned(ec2t.nearest_edges(steps, self.levels, 1)):
                 n_p[rows], n_n[rows] = plus.sum(1), minus.sum(1)
-            sizes[0, :, 0], sizes[1, :, 0] = (self._per_layer(n).sum(1) for n in (n_p, n_n))
-            return sizes
-        counts = torch.zeros(2, len(self.numel), self.most + 1, dtype=torch.int64, device=edges.device)
-        layer = self._layer_of_row * (self.most + 1)
-        for rows, *sides in self._assigned(edges):
-            for side, level in zip(counts, sides, strict=True):
-                places = level.long().add_(layer[rows][:, None]).flatten()
-                side.view(-1).scatter_add_(0, places, torch.ones_like(places))
-        return counts[..., 1:].double()
+            return torch.stack([self._per_layer(n).sum(1) for n in (n_p, n_n)])[..., None]
+        width = 2 * self.most + 1
+        counts = torch.zeros(len(self.numel) * width, dtype=torch.int64, device=steps.device)
+        place = self._layer_of_row * width + self.most
+        inverse = torch.where(steps > 0, 1 / steps, 0.0)
+        w_p, w_n, n = (self._per_row(each) for each in (*inverse, self.levels))
+        for rows in self._chunks():
+            weights = self.weights[rows]
+            level = (weights.clamp(min=0) * w_p[rows]).addcmul_(weights.clamp(max=0), w_n[rows])
+            level = level.minimum(n[rows]).maximum(-n[rows]).round_().long().add_(place[rows][:, None])
+            _count(level.flatten(), counts)
+        sides = counts.view(-1, width).double()
+        return torch.stack([sides[:, self.most + 1 :], sides[:, : self.most].flip(1)])
 
     def _chunks(self) -> Iterator[slice]:
         return (slice(start, start + self.chunk) for start in range(0, len(self.weights), self.chunk))
@@ -252,3 +266,11 @@ class QuantizedLayers:
             "assignments": {n: self.view(self.assignment, i).cpu().contiguous() for i, n in enumerate(self.names)},
             "centroids": {n: self.centroids.detach()[:, i].cpu().clone() for i, n in enumerate(self.names)},
         }
+
+
+def _count(places: Tensor, counts: Tensor) -> None:
+    """Add to `counts` how often each of its indices is among `places`."""
+    if counts.device.type == "cpu":
+        counts += torch.bincount(places, minlength=len(counts))
+    else:  # there, bincount waits for the device
+        counts.scatter_add_(0, places, torch.ones_like(places))

@@ -243,6 +243,23 @@ def test_backward_reaches_the_gradient_buffer_through_a_real_network():
         assert torch.allclose(layers.view(layers.gradient, i), module.weight.grad)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_step_follows_gradients_that_torch_set_to_nothing(set_to_none):
+    networks = [nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False)) for _ in "ab"]
+    networks[1].load_state_dict(networks[0].state_dict())
+    images, results = torch.randn(2, 3, 8, 8), []
+    for network in networks:
+        layers = QuantizedLayers(network, ["0.weight", "2.weight"], 0.3, 0.1)
+        optimizer = EC2TOptimizer(layers, [], 1e-2, 1e-2, 0.0)
+        for _ in range(3):
+            optimizer.zero_grad() if network is networks[0] else network.zero_grad(set_to_none)
+            network(images).square().sum().backward()
+            optimizer.step()
+        results.append(layers.state_dict())
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name])
+
+
 def test_centroids_stay_above_their_floor():
     torch.manual_seed(0)
     weights = torch.randn(64, 32)
