@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from engine import distributed
 from engine.device import Machine
 from engine.images.batches import Data
 from engine.program.report import progress
+from engine.store.values import stored_values
 
 
 class Diverged(Exception):
@@ -32,11 +33,13 @@ class Evaluation:
         return 100 * self.correct / self.images
 
 
-def rounded_to_16_bit(network: nn.Module) -> nn.Module:
-    """A copy of `network` on the CPU with every parameter rounded to 16 bit, as half precision counts them."""
+@torch.no_grad()
+def as_stored(network: nn.Module, half_precision: bool = True) -> nn.Module:
+    """A copy of `network` on the CPU with the values that its packed file has, parameters and buffers."""
     network = copy.deepcopy(network).cpu()
-    for parameter in network.parameters():
-        parameter.data = parameter.data.half().float()
+    for tensor in network.state_dict().values():
+        if isinstance(tensor, Tensor):  # a module's extra state may be anything
+            tensor.copy_(stored_values(tensor, half_precision))
     return network
 
 

@@ -19,6 +19,7 @@ from engine.store.checkpoint import Checkpoint, naming, read_network, read_state
 from engine.store.formats import is_packed
 from model import Spec
 from model.identify import check_wanted
+from model_scoring.packed_network import is_own
 from model_scoring.packing import read_packed
 from rulers.graph import initialized, trace
 
@@ -87,12 +88,16 @@ def load(path: Path | None, wanted: Wanted, image_size: int | None) -> tuple[Che
         with running(wanted, image_size or 32):
             network = initialized(network, wanted.shapes or image_size or 32)
         if path:
-            _load(read_state_dict(path, network, wanted.builder), network, path)
-        spec = {"name": wanted.builder, "num_classes": number_of_outputs(network, wanted, image_size or 32)}
+            found = read_packed(path).state_dict if is_packed(path) else None
+            _load(read_state_dict(path, network, wanted.builder, found), network, path)
+        classes = number_of_outputs(network, wanted, image_size or 32)
+        spec = {"name": wanted.builder, "arguments": dict(wanted.arguments), "num_classes": classes}
         return Checkpoint(path or Path(wanted.builder), spec, network.state_dict()), network
     assert path is not None  # built-in networks are read
     if is_packed(path):
         checkpoint = read_packed(path)
+        if is_own(checkpoint.spec):
+            raise UserError(f"{path}: holds a network of {checkpoint.spec['name']}; pass --model, and --model-args")
         with naming(path):
             check_wanted(wanted.spec, checkpoint.spec, checkpoint.state_dict)
     else:

@@ -207,10 +207,15 @@ def _listing(folder: Path) -> str:
     return f"{folder} holds {', '.join(names) or 'no files'}{more}"
 
 
-def read_state_dict(path: Path, network: nn.Module, builder: str) -> dict[str, Tensor]:
-    """Read the tensors of `network`, the user's own that `builder` built; UserError if they do not fit it."""
+def read_state_dict(
+    path: Path, network: nn.Module, builder: str, found: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Read the tensors of `network`, the user's own that `builder` built; UserError if they do not fit it.
+
+    `found` are those that were read from a packed file.
+    """
     expected = {name: t for name, t in network.state_dict().items() if isinstance(t, Tensor)}
-    fitted = fit(expected, _state_dict(read(path), path))
+    fitted = fit(expected, _state_dict(read(path), path) if found is None else found)
     if fitted.differences:
         raise UserError(f"{path} does not fit what {builder} builds: {first(fitted.differences)}")
     _say_notes(path, fitted)
