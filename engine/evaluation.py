@@ -38,8 +38,9 @@ def as_stored(network: nn.Module, half_precision: bool = True) -> nn.Module:
     """A copy of `network` on the CPU with the values that its packed file has, parameters and buffers."""
     network = copy.deepcopy(network).cpu()
     for tensor in network.state_dict().values():
-        if isinstance(tensor, Tensor):  # a module's extra state may be anything
-            tensor.copy_(stored_values(tensor, half_precision))
+        kept = stored_values(tensor, half_precision) if isinstance(tensor, Tensor) else tensor  # extra state: anything
+        if kept is not tensor:
+            tensor.copy_(kept)
     return network
 
 

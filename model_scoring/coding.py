@@ -8,7 +8,8 @@ is kept:
 - Three symbols a byte: a row of a 3x3 kernel, whose weights resemble each other. A Huffman code of 27 values
   pays for its table even in a small layer.
 - One byte a nonzero ternary weight: its sign, and the gap before it.
-- Range coding (`rans`), together with other layers' symbols. This comes near the symbols' entropy, or below it.
+- Range coding (`rans`), together with other layers' symbols. This bounds the size by their first-order entropy and 3%;
+  beside that a layer takes a byte for each level and 0.0007 bits a weight at most, and all of them together 16 bytes.
 """
 
 import lzma

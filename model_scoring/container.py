@@ -59,6 +59,7 @@ STREAMS = {
     "depths": "<u1",
     "words": "<u4",
 }
+CODED = ("symbols", "words")  # nothing makes these shorter
 VERSION_1 = {
     **dict.fromkeys(("kinds", "low", "high", "masks", "coders", "symbols"), "uint8"),
     **dict.fromkeys(("float", "centroids"), "float32"),
@@ -80,16 +81,22 @@ class Content:
 
 
 def seal(index: dict[str, Any], streams: Streams) -> tuple[bytes, dict[str, int]]:
-    """The whole file, and the bytes that each stream takes in it."""
+    """The whole file, and the bytes that each stream takes in it.
+
+    TypeError or ValueError if the index can't be written as JSON, or takes more than MAX_INDEX.
+    """
     codes, places, sizes = [], [], dict.fromkeys(STREAMS, 0)
     for key, dtype in STREAMS.items():
         for data in _planes(key, streams[key].astype(dtype)):
-            options = [coding.compress(compressor, data) for compressor in coding.COMPRESSORS]
+            compressors = coding.COMPRESSORS[: 1 if key in CODED else None]
+            options = [coding.compress(compressor, data) for compressor in compressors]
             code = min(options, key=len)
             sizes[key] += len(code)
             codes.append(code)
             places.append([len(code), options.index(code)])
     text = json.dumps(index | {"streams": places}, separators=(",", ":"), allow_nan=False)
+    if len(text) > MAX_INDEX:
+        raise ValueError(f"it takes more than {MAX_INDEX:,} bytes")
     arrays = {"index": zlib.compress(text.encode(), 9, coding.DEFLATE_WINDOW), "streams": b"".join(codes)}
     blank = safetensors.numpy.save(
         {key: np.frombuffer(data, np.uint8) for key, data in arrays.items()},

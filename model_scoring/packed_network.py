@@ -15,6 +15,7 @@ from model_scoring.container import BadFile, Content, short
 # A file that claims more is refused before anything of that size is made.
 MAX_WEIGHTS = 2**28  # twice those of VGG-16
 MAX_BYTES = 4 * MAX_WEIGHTS
+MAX_TENSORS = 2**14
 
 TYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -50,8 +51,8 @@ def fitting(spec: Spec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     describes none.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not _is_counter(name, tensor)}
-    if sum(tensor.nbytes for tensor in tensors.values()) > MAX_BYTES:
-        raise BadFile(f"its tensors take more than {MAX_BYTES:,} bytes; pack a smaller network")
+    if len(tensors) > MAX_TENSORS or sum(t.numel() * t.dtype.itemsize for t in tensors.values()) > MAX_BYTES:
+        raise BadFile(f"more than {MAX_TENSORS:,} tensors or {MAX_BYTES:,} bytes; pack a smaller network")
     if is_own(spec):
         return tensors
     network = _built_in(spec)
@@ -92,6 +93,8 @@ def _claimed(index: dict[str, Any]) -> dict[str, Tensor]:
     names, shapes, types = index.get("names"), index.get("shapes"), index.get("types")
     if not (type(names) is type(shapes) is list and type(types) is dict and len(names) == len(shapes)):
         raise ValueError("no list of tensors")
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f"more than {MAX_TENSORS:,} tensors")
     network, total = {}, 0
     for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
         dtype = TYPES.get(str(types.get(str(i), "float32")))

@@ -7,8 +7,8 @@ counters of batches are left out, as in the checkpoints of 2019. What the bytes 
 Nothing that a file names is imported: names, shapes and types of the tensors are in the file. Those of a built-in
 network are checked against what its spec builds.
 
-A ResNet-20 with 64% zeros takes 47,218 bytes, 39,450 of them for its symbols. Their first-order entropy is
-42,464 bytes; two bit masks take 66,816, DeepCABAC (arXiv:1907.11900, as NNCodec has it) 40,763.
+A ResNet-20 with 64% zeros takes 46,831 bytes, 39,423 of them for its symbols. Their first-order entropy is
+42,464 bytes; two bit masks take 66,816, DeepCABAC (arXiv:1907.11900, as NNCodec has it) 40,148.
 """
 
 from collections.abc import Mapping
@@ -112,7 +112,9 @@ def write_packed(checkpoint: Checkpoint, path: Path, half_precision: bool = True
     try:
         data, sizes = seal(index, streams)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: the network's arguments are no plain data ({error}); pass others") from None
+        raise UserError(
+            f"{source}: its description can't be written ({error}); pass shorter, plain arguments"
+        ) from None
     write_whole(data, path)
     symbol_bytes = sizes["symbols"] + sizes["depths"] + sizes["words"]
     return PackReport(path, len(data), symbol_bytes, packing.layers)
@@ -128,7 +130,7 @@ def read_packed(path: Path) -> Checkpoint:
     try:
         content = open_sealed(_read(path))
         spec, extra, network = described(content)
-        streams = streams_of(content, limit=16 * (4096 * len(network) + sum(t.numel() for t in network.values())))
+        streams = streams_of(content, limit=sum(8192 + 16 * tensor.numel() for tensor in network.values()))
         stock = _Stock(streams, network, content.index.get("lanes"))
         state_dict = {name: _unpack(stock, tensor) for name, tensor in network.items()}
         stock.check_empty()
@@ -155,7 +157,7 @@ class _Packing:
         """Add a tensor of stored values; the kind depends on its values alone."""
         values = numbers(tensor)
         half = _halves(tensor)
-        dense = values.nbytes if half is None else half.nbytes
+        dense = tensor.nbytes if half is None else half.nbytes
         if half is not None and (sparse := -(-half.size // 8) + 2 * int(np.count_nonzero(half))) < dense:
             dense, kind, share = sparse, Kind.SPARSE, {"masks": np.packbits(half != 0), "half": half[half != 0]}
         elif half is not None:
@@ -275,8 +277,11 @@ def _halves(tensor: Tensor) -> np.ndarray | None:
     flat = tensor.reshape(-1)
     if tensor.dtype == torch.bfloat16:
         return flat.view(torch.float16).numpy()
-    half = flat if flat.is_complex() or flat.dtype.itemsize < 2 else flat.half()
-    return half.numpy() if half.dtype == torch.float16 and torch.equal(half.to(flat.dtype), flat) else None
+    if tensor.is_complex() or tensor.dtype.itemsize == 1:
+        return None
+    half = flat.half()
+    is_exact = torch.equal(half.to(flat.dtype), flat) and (tensor.is_floating_point() or bool(half.isfinite().all()))
+    return half.numpy() if is_exact else None
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

@@ -1,12 +1,14 @@
 """An entropy coder of the symbols of a network's layers: interleaved range asymmetric numeral systems (rANS).
 
 After J. Duda, "Asymmetric numeral systems" (arXiv:1311.2540), and F. Giesen, "Interleaved entropy coders"
-(arXiv:1402.3392). All layers' symbols form one sequence, which is cut into equal lanes. Every step codes one symbol
-of each lane, so that numpy does the work, and no layer pays for a coder of its own.
+(arXiv:1402.3392), with states of 64 bits and words of 32. All layers' symbols form one sequence, which is cut into
+equal lanes. Every step codes one symbol of each lane, so that numpy does the work, and no layer pays for a coder of its
+own.
 
 A symbol's probability depends on its layer and its context: the class of the symbol before it, or of that and of the
 third before it, which in a 3x3 kernel are its left and its upper neighbour. There are three classes: 0, odd and even
 symbols, which stand for zero, positive and negative weights (`engine.store.values.Levels`).
+
 Probabilities are kept on a logarithmic scale, a byte each: how far a symbol's count lies below that of the most
 frequent one of its context.
 """
@@ -87,7 +89,7 @@ def decode(layers: Sequence[Layer], depths: np.ndarray, words: np.ndarray, lanes
     """The symbols that `encode` coded; ValueError if the words are not theirs."""
     size = sum(layer.size for layer in layers)
     steps = -(-size // max(lanes, 1))
-    if not 0 < 2 * lanes <= words.size or steps > LANE_SYMBOLS:
+    if not 0 < 2 * lanes <= words.size or not 0 < steps <= LANE_SYMBOLS:
         raise ValueError(f"{words.size} words of symbols in {lanes} lanes")
     starts, place = _starts(layers, depths), 2 * lanes
     widths = np.diff(starts)
