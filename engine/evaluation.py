@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import distributed
@@ -15,6 +15,7 @@ from engine.device import Machine
 from engine.images.batches import Data
 from engine.program.report import progress, say
 from engine.store.checkpoint import read_network
+from engine.store.values import stored_values
 
 
 class Diverged(Exception):
@@ -44,11 +45,14 @@ def dense_flop(network: nn.Module, image_size: int) -> int:
     return counter.get_total_flops()
 
 
-def rounded_to_16_bit(network: nn.Module) -> nn.Module:
-    """A copy of `network` on the CPU with every parameter rounded to 16 bit, as half precision counts them."""
+@torch.no_grad()
+def as_stored(network: nn.Module, half_precision: bool = True) -> nn.Module:
+    """A copy of `network` on the CPU with the values that its packed file has, parameters and buffers."""
     network = copy.deepcopy(network).cpu()
-    for parameter in network.parameters():
-        parameter.data = parameter.data.half().float()
+    for tensor in network.state_dict().values():
+        kept = stored_values(tensor, half_precision) if isinstance(tensor, Tensor) else tensor  # extra state: anything
+        if kept is not tensor:
+            tensor.copy_(kept)
     return network
 
 

@@ -10,7 +10,7 @@ import torch
 
 from engine.device import Machine, choose_machine
 from engine.distributed import barrier
-from engine.evaluation import Diverged, evaluate, rounded_to_16_bit, say_test
+from engine.evaluation import Diverged, as_stored, evaluate, say_test
 from engine.fit import fit
 from engine.images.batches import Data, ImageRequest, load_data
 from engine.objective import objective_of, teacher_checkpoint
@@ -190,7 +190,7 @@ def scored(run: Run, best: Record, data: Data, machine: Machine) -> Record:
     name = content["model"]["name"]
     ruler = next(ruler for ruler in RULERS.values() if ruler.knows(name))
     tally = ruler.count(network, name, data.val_image_size, ruler.widths())
-    evaluation = evaluate(machine.place(rounded_to_16_bit(network)), data, machine.in_32_bit())
+    evaluation = evaluate(machine.place(as_stored(network)), data, machine.in_32_bit())
     return {
         "accuracy_16_bit": evaluation.accuracy,
         "ruler": tally.ruler,

@@ -1,21 +1,26 @@
-"""Lossless codes of a network's values: ternary symbols, and 16-bit numbers.
+"""Lossless codes of a network's values: symbols of a layer, and 16-bit numbers.
 
-A symbol is 0 for a zero weight, 1 for w_p and 2 for -w_n. A layer's symbols become bytes in one of three
-ways, and these go through a compressor; the shortest result is kept:
+Symbols are numbers below the layer's number of levels; in a ternary layer 0 is a zero weight, 1 is w_p and 2 is -w_n.
+A layer's symbols become bytes in one of these ways, and all but the last go through a compressor; the shortest result
+is kept:
 
-- Five symbols a byte, a base-3 number (3**5 = 243). This bounds the size, whatever the symbols are.
+- As many symbols a byte as it holds, five ternary ones (3**5 = 243). This bounds the size, whatever the symbols are.
 - Three symbols a byte: a row of a 3x3 kernel, whose weights resemble each other. A Huffman code of 27 values
   pays for its table even in a small layer.
-- One byte a nonzero weight: its sign, and the gap before it. For very sparse layers, where a Huffman code of
-  base-3 numbers would spend a whole bit on every byte of zeros.
+- One byte a nonzero ternary weight: its sign, and the gap before it.
+- Range coding (`rans`), together with other layers' symbols. This bounds the size by their first-order entropy and 3%;
+  beside that a layer takes a byte for each level and 0.0007 bits a weight at most, and all of them together 16 bytes.
 """
 
 import lzma
+import math
 import zlib
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from model_scoring import rans
 
 RAW, DEFLATE, LZMA = "raw", "deflate", "LZMA"
 DEFLATE_WINDOW = -15  # 32 KB; negative: no header and no checksum around the stream
@@ -30,79 +35,106 @@ LZMA_FILTER = {
     "mf": lzma.MF_HC3,
     "depth": 1,
 }
-GAPS = 0  # in the place of a number of digits
+GAPS, FULL = 0, 5  # in the place of a number of digits; FULL is five in ternary layers
 LONGEST_GAP = 127  # zeros in one byte, 254; a nonzero weight behind g < 127 zeros is 2 * g + (symbol - 1)
 
 
 class Coder(NamedTuple):
-    """Base-3 numbers of so many digits (or GAPS), one a byte, then a compressor."""
+    """So many digits of a number a byte (or FULL, or GAPS), then a compressor."""
 
     digits: int
     compressor: str
 
-    def __str__(self) -> str:
-        return f"{f'{self.digits} a byte' if self.digits else 'gaps'}, {self.compressor}"
+    def suits(self, levels: int) -> bool:
+        """Whether symbols of so many levels can be coded so."""
+        return levels == 3 if self.digits == GAPS else self.digits == FULL or levels**self.digits <= 256
 
 
-# Files hold positions in this tuple.
-CODERS = (Coder(5, RAW), Coder(5, LZMA), Coder(5, DEFLATE), Coder(3, DEFLATE), Coder(GAPS, DEFLATE))
+# Files hold positions in this tuple; those behind its end are orders of `rans`.
+CODERS = (Coder(FULL, RAW), Coder(FULL, LZMA), Coder(FULL, DEFLATE), Coder(3, DEFLATE), Coder(GAPS, DEFLATE))
+ORDERS = (0, 1, 2)
+COMPRESSORS = (RAW, DEFLATE, LZMA)
 
 
-def encode_symbols(symbols: np.ndarray) -> tuple[int, bytes]:
-    """The shortest code of uint8 `[N]` in {0, 1, 2}: the coder's position in CODERS, and the bytes.
+def encode_symbols(symbols: np.ndarray, levels: int = 3) -> tuple[int, bytes, float]:
+    """The shortest code of uint8 `[N]` below `levels`: the coder's position, the bytes, and how many they are.
 
-    Never more than N / 5 bytes, rounded up; two bit masks take N / 4.
+    Of range coding, which codes all layers at once, there are no bytes, and their number is estimated. Ternary symbols
+    never take more than N / 5 bytes, rounded up; two bit masks take N / 4.
     """
-    packed = {digits: pack(symbols, digits).tobytes() for digits in {coder.digits for coder in CODERS}}
-    codes = [compress(coder.compressor, packed[coder.digits]) for coder in CODERS]
-    position = min(range(len(CODERS)), key=lambda i: len(codes[i]))
-    return position, codes[position]
+    if levels == 1:
+        return 0, b"", 0.0
+    codes = {}
+    for position, (digits, compressor) in enumerate(CODERS):
+        if CODERS[position].suits(levels):
+            code = compress(compressor, pack(symbols, digits, levels).tobytes())
+            codes[position] = code, float(len(code))
+    for order in ORDERS:
+        codes[len(CODERS) + order] = b"", rans.cost(symbols, rans.Layer(symbols.size, levels, order))
+    position = min(codes, key=lambda i: codes[i][1])
+    return position, *codes[position]
 
 
-def decode_symbols(position: int, code: bytes, size: int) -> np.ndarray:
+def order_of(position: int) -> int | None:
+    """The order of range coding, if that is the coder."""
+    return position - len(CODERS) if position - len(CODERS) in ORDERS else None
+
+
+def decode_symbols(position: int, code: bytes, size: int, levels: int = 3) -> np.ndarray:
     """The symbols, uint8 `[size]`, that `encode_symbols` coded; ValueError if they are not so many."""
-    if position >= len(CODERS):
-        raise ValueError(f"there is no coder {position}")
-    coder = CODERS[position]
-    return unpack(decompress(coder.compressor, code, limit=size), coder.digits, size)
+    if position >= len(CODERS) or not CODERS[position].suits(levels):
+        raise ValueError(f"there is no coder {position} of {levels} levels")
+    digits, compressor = CODERS[position]
+    return unpack(decompress(compressor, code, limit=size), digits, size, levels)
 
 
 def entropy_bytes(symbols: np.ndarray) -> float:
     """First-order entropy of N symbols in bytes: N * H / 8, with H in bits a symbol."""
-    counts = np.bincount(symbols, minlength=3)
+    counts = np.bincount(symbols)
     counts = counts[counts > 0]
     return float((counts * np.log2(symbols.size / counts)).sum() / 8)
 
 
-def pack(symbols: np.ndarray, digits: int) -> np.ndarray:
+def pack(symbols: np.ndarray, digits: int, levels: int = 3) -> np.ndarray:
     """Symbols as uint8 numbers: `digits` a number, the first most significant, zeros filling up; or GAPS."""
     if digits == GAPS:
         return _pack_gaps(symbols)
+    digits = _digits(digits, levels)
     rows = np.zeros((-(-symbols.size // digits), digits), np.uint8)
     rows.reshape(-1)[: symbols.size] = symbols
     numbers = rows[:, 0].copy()
     for i in range(1, digits):
-        numbers *= 3
+        numbers *= levels
         numbers += rows[:, i]
     return numbers
 
 
-def unpack(numbers: np.ndarray, digits: int, size: int) -> np.ndarray:
+def unpack(numbers: np.ndarray, digits: int, size: int, levels: int = 3) -> np.ndarray:
     """The symbols, uint8 `[size]`, that `pack` made numbers of; ValueError if they are not so many."""
     if digits == GAPS:
         return _unpack_gaps(numbers, size)
-    if numbers.size != -(-size // digits) or (numbers >= 3**digits).any():
-        raise ValueError(f"symbols that are not {size} base-3 digits")
-    symbols = _digits_of_numbers(digits)[numbers].reshape(-1)
+    if levels == 1:
+        if numbers.size:
+            raise ValueError("symbols where all are equal")
+        return np.zeros(size, np.uint8)
+    digits = _digits(digits, levels)
+    if numbers.size != -(-size // digits) or (numbers >= levels**digits).any():
+        raise ValueError(f"symbols that are not {size} base-{levels} digits")
+    symbols = _digits_of_numbers(digits, levels)[numbers].reshape(-1)
     if symbols[size:].any():
         raise ValueError(f"more than {size} symbols")
     return symbols[:size]
 
 
+def _digits(digits: int, levels: int) -> int:
+    """How many digits a number has; FULL: as many as a byte holds."""
+    return int(math.log(256.5, levels)) if digits == FULL else digits
+
+
 @cache
-def _digits_of_numbers(digits: int) -> np.ndarray:
-    """The digits of every number: uint8 `[3**digits, digits]`."""
-    return np.indices((3,) * digits, np.uint8).reshape(digits, -1).T.copy()
+def _digits_of_numbers(digits: int, levels: int) -> np.ndarray:
+    """The digits of every number: uint8 `[levels**digits, digits]`."""
+    return np.indices((levels,) * digits, np.uint8).reshape(digits, -1).T.copy()
 
 
 def _pack_gaps(symbols: np.ndarray) -> np.ndarray:
@@ -121,23 +153,6 @@ def _unpack_gaps(numbers: np.ndarray, size: int) -> np.ndarray:
     symbols = np.zeros(size, np.uint8)
     symbols[ends[is_weight] - 1] = numbers[is_weight] % 2 + 1
     return symbols
-
-
-def encode_halves(values: np.ndarray) -> tuple[bytes, np.ndarray]:
-    """Float16 `[N]` as its deflated high bytes, and its low bytes, uint8 `[N]`.
-
-    A high byte holds sign, exponent and two bits of the mantissa, which are far from equally frequent.
-    """
-    low, high = values.astype("<f2").view(np.uint8).reshape(-1, 2).T
-    return compress(DEFLATE, high.tobytes()), low.copy()
-
-
-def decode_halves(high: bytes, low: np.ndarray) -> np.ndarray:
-    """The float16 `[N]` that `encode_halves` took apart; ValueError if there are not N high bytes."""
-    high_bytes = decompress(DEFLATE, high, limit=low.size)
-    if high_bytes.size != low.size:
-        raise ValueError(f"{high_bytes.size} high bytes for {low.size} low ones")
-    return np.stack([low, high_bytes], axis=1).reshape(-1).view("<f2").astype(np.float16)
 
 
 def compress(compressor: str, data: bytes) -> bytes:

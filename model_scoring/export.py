@@ -22,12 +22,14 @@ class Exports:
         coo: each ternary layer, as a sparse tensor.
         pack: the packed file to write, if any.
         unpack: the checkpoint to write, if any.
+        half_precision: whether the packed file keeps 16 bits of values that are not quantized, else all.
     """
 
     masks: bool = False
     coo: bool = False
     pack: str | None = None
     unpack: str | None = None
+    half_precision: bool = True
 
 
 def export(network: nn.Module, checkpoint: Checkpoint, exports: Exports) -> None:
@@ -40,10 +42,10 @@ def export(network: nn.Module, checkpoint: Checkpoint, exports: Exports) -> None
         say(f"{len(layers)} ternary layers -> {folder}")
     if exports.pack:
         current = Checkpoint(checkpoint.path, checkpoint.spec, network.state_dict(), checkpoint.extra)
-        report = write_packed(current, Path(exports.pack))
+        report = write_packed(current, Path(exports.pack), exports.half_precision)
         say(
-            f"{report.file_bytes:,} bytes -> {exports.pack} ({report.float32_bytes:,} as 32 bit values; ternary "
-            f"symbols {report.ternary_bytes:,}, their entropy {report.entropy_bytes:,.0f})"
+            f"{report.file_bytes:,} bytes -> {exports.pack} ({report.float32_bytes:,} as 32 bit values; quantized "
+            f"layers' symbols {report.symbol_bytes:,}, their entropy {report.entropy_bytes:,.0f})"
         )
     if exports.unpack:
         save(network_content(checkpoint.spec, network, **checkpoint.extra), Path(exports.unpack))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.program.errors import UserError, is_out_of_memory
-from engine.store.checkpoint import Checkpoint, as_built, naming, read_network
+from engine.store.checkpoint import Checkpoint, as_built, naming, own_spec, read_network, tensors_of_own
 from engine.store.formats import is_packed
 from model import Spec
 from model.identify import check_wanted
@@ -74,12 +74,16 @@ def load(path: Path | None, wanted: Wanted, image_size: int | None) -> tuple[Che
         checkpoint = as_built(wanted.spec)
     elif is_packed(path):
         checkpoint = read_packed(path)
-        with naming(path):
-            check_wanted(wanted.spec, checkpoint.spec, checkpoint.state_dict)
+        if spec := own_spec(checkpoint.spec, wanted.spec, path):
+            checkpoint.spec, checkpoint.state_dict = spec, tensors_of_own(spec, checkpoint.state_dict, path)
+        else:
+            with naming(path):
+                check_wanted(wanted.spec, checkpoint.spec, checkpoint.state_dict)
     else:
         checkpoint = read_network(path, wanted.spec)
     network = checkpoint.network().eval()
     if is_own(checkpoint.spec["name"]):
+        wanted = replace(wanted, spec=checkpoint.spec)  # what it does not run on is an error of the user's
         size = image_size or checkpoint.image_size or 32
         with running(wanted, size):
             network = initialized(network, wanted.shapes or size)

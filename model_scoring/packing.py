@@ -1,84 +1,45 @@
-"""The packed file: a network in a safetensors container, at about as many bytes as its values are worth.
+"""The packed file: any network, at about as many bytes as its values are worth.
 
-Ternary layers are restored bit for bit, all other values as float16 has them (float32 where float16 is too
-narrow). Zeros lose their sign; BatchNorm's counters of batches are left out, as in the checkpoints of 2019.
+Quantized layers, ternary ones among them, are restored bit for bit, and so is whatever is no floating-point number;
+all other values as `stored_values` has them. Zeros lose their sign where symbols or masks stand for them; BatchNorm's
+counters of batches are left out, as in the checkpoints of 2019. What the bytes are is said in `container`.
 
-The file holds no names and no shapes: these follow from the network's spec, and so does the order of
-everything. The container's tensors are flat, and filled from one tensor of the network to the next:
+Nothing that a file names is imported: names, shapes and types of the tensors are in the file. Those of a built-in
+network are checked against what its spec builds.
 
-    kinds      U8   one Kind a tensor
-    low        U8   low bytes of float16 values: all those of HALF tensors, the nonzero ones of SPARSE tensors
-    high       U8   their high bytes, deflated in one stream
-    masks      U8   SPARSE tensors: one bit a value, set where it is not zero; every tensor begins a new byte
-    float      F32  the values of FLOAT tensors
-    coders     U8   TERNARY tensors: one position in `coding.CODERS` a tensor
-    sizes      U32  their number of bytes in `symbols`, one a tensor
-    centroids  F32  their w_p and w_n, two a tensor
-    symbols    U8   their coded symbols
-
-The container's metadata has one entry, since safetensors writes several in random order. It is JSON: the
-format's version, the network's spec, what the checkpoint says of its training, and the SHA-256 of the whole
-file (computed with zeros in the place of that digest).
-
-A ResNet-20 with 64% zeros takes 47,928 bytes, 40,167 of them for its symbols. Their first-order entropy is
-42,464 bytes; two bit masks take 66,816, DeepCABAC (arXiv:1907.11900, as NNCodec has it) 40,763, and LZMA on
-all layers' symbols, five a byte, 40,676.
+A ResNet-20 with 64% zeros takes 46,831 bytes, 39,423 of them for its symbols. Their first-order entropy is
+42,464 bytes; two bit masks take 66,816, DeepCABAC (arXiv:1907.11900, as NNCodec has it) 40,148.
 """
 
-import hashlib
-import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from engine.program.errors import UserError
-from engine.store.checkpoint import TOLD, Checkpoint, Content
+from engine.store.checkpoint import TOLD, Checkpoint
 from engine.store.files import write_whole
-from engine.store.formats import PACKED as ENTRY
-from model import ROWS, Spec
-from model.identify import expected_state_dict
-from model.names import mismatches
-from model.selection import is_ternary
-from model_scoring import coding
-
-VERSION = 1
-BLANK = "0" * 64  # stands for the digest while it is computed
-
-# A file that claims more is refused before anything of that size is made.
-MAX_WEIGHTS = 2**27  # seven times those of EfficientNet-B4
-MAX_BYTES = 4 * MAX_WEIGHTS
-MAX_HEADER = 2**16  # bytes
-
-Streams = dict[str, np.ndarray]
-STREAMS = {
-    "kinds": np.uint8,
-    "half": np.float16,  # `low` and `high` in the file
-    "masks": np.uint8,
-    "float": np.float32,
-    "coders": np.uint8,
-    "sizes": np.uint32,
-    "centroids": np.float32,
-    "symbols": np.uint8,
-}
-CONTAINER = {**STREAMS, "low": np.uint8, "high": np.uint8}
-del CONTAINER["half"]
+from engine.store.values import Levels, grid, levels_of, numbers, stored_values
+from model import Spec
+from model_scoring import coding, rans
+from model_scoring.container import STREAMS, BadFile, Streams, open_sealed, seal, streams_of
+from model_scoring.packed_network import MAX_BYTES, TYPES, described, fitting, is_own_network, type_name
 
 
 class Kind(IntEnum):
-    """How a tensor is stored."""
+    """How a tensor is stored: its values at 16 or all bits, its nonzero values, or symbols of its levels."""
 
     HALF = 0
-    FLOAT = 1
+    RAW = 1
     SPARSE = 2
-    TERNARY = 3
+    GRID = 3
+    BOOK = 4
 
 
 @dataclass(frozen=True)
@@ -86,9 +47,9 @@ class PackedLayer:
     """A tensor in the packed file: its kind, and what it takes.
 
     Attributes:
-        bytes: TERNARY: of the coded symbols, without the centroids (8 bytes). Others: of the values and the
-            mask; float16 values are counted as two bytes, before their high bytes are deflated.
-        entropy_bytes: TERNARY: the first-order entropy of the symbols. Others: 0.
+        bytes: of the values and the mask, before their streams are compressed, or of the coded symbols with their
+            probabilities; range coding takes all layers' together, and this is a layer's share.
+        entropy_bytes: GRID, BOOK: the first-order entropy of the symbols. Others: 0.
     """
 
     name: str
@@ -100,10 +61,11 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing came to: the bytes of the whole file, and of each tensor of the network in its order."""
+    """What packing came to: the bytes of the whole file, of all coded symbols, and of each tensor in its order."""
 
     path: Path
     file_bytes: int
+    symbol_bytes: int
     layers: list[PackedLayer]
 
     @property
@@ -112,119 +74,151 @@ class PackReport:
         return 4 * sum(layer.weights for layer in self.layers)
 
     @property
-    def ternary(self) -> list[PackedLayer]:
-        return [layer for layer in self.layers if layer.kind == Kind.TERNARY]
-
-    @property
-    def ternary_bytes(self) -> int:
-        return sum(layer.bytes for layer in self.ternary)
+    def quantized(self) -> list[PackedLayer]:
+        return [layer for layer in self.layers if layer.kind in (Kind.GRID, Kind.BOOK)]
 
     @property
     def entropy_bytes(self) -> float:
-        return sum(layer.entropy_bytes for layer in self.ternary)
+        return sum(layer.entropy_bytes for layer in self.quantized)
 
 
-def write_packed(checkpoint: Checkpoint, path: Path) -> PackReport:
-    """Pack `checkpoint` into the file `path`, written as safely as `engine.store.checkpoint.save` writes."""
-    path, source = Path(path), checkpoint.path
-    network = _network(checkpoint.spec, source)
-    if differences := mismatches(network, checkpoint.state_dict):
-        raise UserError(f"{source}: says that it is {checkpoint.spec['name']}, but {differences[0]}")
-    pieces = {key: [np.empty(0, dtype)] for key, dtype in STREAMS.items()}
-    layers = []
-    for name in network:
-        tensor = checkpoint.state_dict[name].detach().cpu().float()
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{source}: {name} holds NaN or infinite values; take an earlier checkpoint")
-        layer, stored = _pack(name, stored_values(tensor))
-        layers.append(layer)
-        for key, values in stored.items():
-            pieces[key].append(np.asarray(values, STREAMS[key]))
-    streams = {key: np.concatenate(arrays) for key, arrays in pieces.items()}
-    data = _seal(streams, checkpoint.spec, _small(checkpoint.extra))
+def write_packed(checkpoint: Checkpoint, path: Path, half_precision: bool = True) -> PackReport:
+    """Pack `checkpoint` into the file `path`, written as safely as `engine.store.checkpoint.save` writes.
+
+    `half_precision` is that of `stored_values`; without it, values that are not quantized keep all their bits.
+    """
+    path, source, spec = Path(path), checkpoint.path, dict(checkpoint.spec)
+    try:
+        tensors = fitting(spec, checkpoint.state_dict)
+    except BadFile as error:
+        raise UserError(f"{source}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{source}: says that it is {spec['name']}, but {error}") from None
+    _check_finite(spec, tensors, source, "take an earlier checkpoint")
+    packing = _Packing()
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TYPES.values() or tensor.layout != torch.strided:
+            raise UserError(f"{source}: {name} is {tensor.layout} of {tensor.dtype}; packed files hold plain tensors")
+        packing.add(name, stored_values(tensor.detach().cpu(), half_precision))
+    streams, lanes = packing.streams()
+    index = {
+        "spec": spec,
+        "extra": _small(checkpoint.extra),
+        "lanes": lanes,
+        "names": list(tensors),
+        "shapes": [list(tensor.shape) for tensor in tensors.values()],
+        "types": {i: t for i, tensor in enumerate(tensors.values()) if (t := type_name(tensor)) != "float32"},
+    }
+    try:
+        data, sizes = seal(index, streams)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: its description can't be written ({error}); pass shorter, plain arguments"
+        ) from None
     write_whole(data, path)
-    return PackReport(path, len(data), layers)
+    symbol_bytes = sizes["symbols"] + sizes["depths"] + sizes["words"]
+    return PackReport(path, len(data), symbol_bytes, packing.layers)
 
 
 def read_packed(path: Path) -> Checkpoint:
-    """Restore what `write_packed` wrote, in float32; UserError where the file is damaged or made up."""
+    """Restore what `write_packed` wrote; UserError where the file is damaged or made up.
+
+    The spec may be that of a network of the user's own, of which nothing is imported; the caller checks names and
+    shapes against what `--model` builds.
+    """
     path = Path(path)
-    data = _read(path)
-    content = _content(data, path)
-    spec, extra = content.get("spec"), content.get("extra")
-    if not isinstance(spec, dict) or not isinstance(extra, dict):
-        raise UserError(f"{path}: does not say which network it holds; pack the network again")
-    network = _network(spec, path)
     try:
-        stock = _Stock(_open(data))
-        state_dict = {name: _unpack(stock, tuple(tensor.shape)) for name, tensor in network.items()}
+        content = open_sealed(_read(path))
+        spec, extra, network = described(content)
+        streams = streams_of(content, limit=sum(8192 + 16 * tensor.numel() for tensor in network.values()))
+        stock = _Stock(streams, network, content.index.get("lanes"))
+        state_dict = {name: _unpack(stock, tensor) for name, tensor in network.items()}
         stock.check_empty()
+    except BadFile as error:
+        raise UserError(f"{path}: {error}") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged, or made up ({error}); pack the network again") from None
-    for name, tensor in state_dict.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds NaN or infinite values; pack the network again")
+    _check_finite(spec, state_dict, path, "pack the network again")
     return Checkpoint(path, spec, state_dict, _small(extra))
-
-
-def stored_values(tensor: Tensor) -> Tensor:
-    """The values that packing keeps of a float32 tensor: rounded to float16, unless it is ternary.
-
-    Float16 is too narrow for a tensor whose largest magnitude is not in its normal range, 6.1e-5 to 65504
-    (variances of BatchNorm can be large): such a tensor is kept as it is. In all others a value changes by
-    2**-11 of itself at most, or by 2**-25 where that is more: far below the epsilon that BatchNorm adds to
-    variances.
-    """
-    half, largest = torch.finfo(torch.float16), tensor.abs().max()
-    if _is_ternary_layer(tensor) or not half.tiny <= largest <= half.max:
-        return tensor
-    return tensor.half().float()
-
-
-def _is_ternary_layer(tensor: Tensor) -> bool:
-    return tensor.ndim > 1 and is_ternary(tensor)
 
 
 # One tensor, and its share of the streams.
 
 
-def _pack(name: str, tensor: Tensor) -> tuple[PackedLayer, dict[str, ArrayLike]]:
-    """What a tensor of stored values adds to the streams; the kind depends on its values alone."""
-    values = tensor.reshape(-1).numpy()
-    nonzero = values[values != 0]
-    half_bytes, sparse_bytes = 2 * values.size, -(-values.size // 8) + 2 * nonzero.size
-    if _is_ternary_layer(tensor):
-        layer, streams = _pack_ternary(name, values)
-    elif not torch.equal(tensor.half().float(), tensor):
-        layer = PackedLayer(name, Kind.FLOAT, values.size, 4 * values.size)
-        streams = {"float": values}
-    elif sparse_bytes < half_bytes:
-        layer = PackedLayer(name, Kind.SPARSE, values.size, sparse_bytes)
-        streams = {"masks": np.packbits(values != 0), "half": nonzero}
-    else:
-        layer = PackedLayer(name, Kind.HALF, values.size, half_bytes)
-        streams = {"half": values}
-    return layer, {"kinds": [layer.kind], **streams}
+class _Packing:
+    """Streams that tensors are added to."""
 
+    def __init__(self) -> None:
+        self.layers: list[PackedLayer] = []
+        self._pieces = {key: [np.empty(0, dtype)] for key, dtype in STREAMS.items()}
+        self._ranged: list[tuple[np.ndarray, rans.Layer, float]] = []
 
-def _pack_ternary(name: str, values: np.ndarray) -> tuple[PackedLayer, dict[str, ArrayLike]]:
-    positive, negative = values > 0, values < 0
-    symbols = positive + 2 * negative.astype(np.uint8)
-    position, code = coding.encode_symbols(symbols)
-    layer = PackedLayer(name, Kind.TERNARY, values.size, len(code), coding.entropy_bytes(symbols))
-    return layer, {
-        "coders": [position],
-        "sizes": [len(code)],
-        "centroids": [abs(values.max(where=positive, initial=0)), abs(values.min(where=negative, initial=0))],
-        "symbols": np.frombuffer(code, np.uint8),
-    }
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor of stored values; the kind depends on its values alone."""
+        values = numbers(tensor)
+        half = _halves(tensor)
+        dense = tensor.nbytes if half is None else half.nbytes
+        if half is not None and (sparse := -(-half.size // 8) + 2 * int(np.count_nonzero(half))) < dense:
+            dense, kind, share = sparse, Kind.SPARSE, {"masks": np.packbits(half != 0), "half": half[half != 0]}
+        elif half is not None:
+            kind, share = Kind.HALF, {"half": half}
+        else:
+            kind, share = Kind.RAW, {"raw": _bytes(tensor)}
+        levels = levels_of(values)
+        if not levels or not self._add_symbols(name, levels, dense):
+            self._add(PackedLayer(name, kind, values.size, dense), share)
+
+    def _add_symbols(self, name: str, levels: Levels, limit: int) -> bool:
+        """Add a tensor as symbols, if that takes fewer bytes than `limit`."""
+        book, number = levels.values if levels.steps is None else levels.steps, levels.values.size
+        if book.nbytes + 2 >= limit:
+            return False
+        position, code, size = coding.encode_symbols(levels.symbols, number)
+        if book.nbytes + 2 + size >= limit:
+            return False
+        kind, key = (Kind.BOOK, "raw") if levels.steps is None else (Kind.GRID, "steps")
+        share: dict[str, ArrayLike] = {key: book.view(np.uint8), "levels": [number - 1], "coders": [position]}
+        if (order := coding.order_of(position)) is None:
+            share |= {"sizes": [len(code)], "symbols": np.frombuffer(code, np.uint8)}
+        else:
+            self._ranged.append((levels.symbols, rans.Layer(levels.symbols.size, number, order), size))
+        entropy = coding.entropy_bytes(levels.symbols)
+        self._add(PackedLayer(name, kind, levels.symbols.size, round(size), entropy), share)
+        return True
+
+    def _add(self, layer: PackedLayer, share: Mapping[str, ArrayLike]) -> None:
+        self.layers.append(layer)
+        for key, values in {"kinds": [layer.kind], **share}.items():
+            self._pieces[key].append(np.asarray(values, STREAMS[key]))
+
+    def streams(self) -> tuple[Streams, int]:
+        """The streams of all tensors, and the lanes of range coding."""
+        streams, lanes = {key: np.concatenate(arrays) for key, arrays in self._pieces.items()}, 0
+        if self._ranged:
+            symbols, layers, sizes = zip(*self._ranged, strict=True)
+            streams["depths"], streams["words"], lanes = rans.encode(np.concatenate(symbols), layers, sum(sizes))
+        return streams, lanes
 
 
 class _Stock:
     """Streams that are taken from front to back; ValueError where one ends too early or too late."""
 
-    def __init__(self, streams: Streams):
-        self._left = dict(streams)
+    def __init__(self, streams: Streams, network: Mapping[str, Tensor], lanes: object):
+        depths, words = streams.pop("depths"), streams.pop("words")
+        self._left = streams
+        if streams["kinds"].size != len(network):
+            raise ValueError(f"{streams['kinds'].size} kinds of {len(network)} tensors")
+        coded = [t.numel() for t, kind in zip(network.values(), streams["kinds"], strict=True) if kind >= Kind.GRID]
+        if not len(coded) == streams["coders"].size == streams["levels"].size:
+            raise ValueError(f"{streams['coders'].size} coders of {len(coded)} tensors")
+        of_each = zip(coded, streams["levels"].tolist(), streams["coders"].tolist(), strict=True)
+        orders = [(size, levels + 1, coding.order_of(position)) for size, levels, position in of_each]
+        layers = [rans.Layer(size, levels, order) for size, levels, order in orders if order is not None]
+        if sum(layer.entries for layer in layers) != depths.size or (words.size and not layers):
+            raise ValueError(f"{depths.size} probabilities of {len(layers)} tensors")
+        self._left["ranged"] = np.empty(0, np.uint8)
+        if layers:
+            self._left["ranged"] = rans.decode(layers, depths, words, lanes if type(lanes) is int else 0)
 
     def take(self, key: str, number: int) -> np.ndarray:
         stream = self._left[key]
@@ -242,103 +236,69 @@ class _Stock:
                 raise ValueError(f"{stream.size} {key} too many")
 
 
-def _unpack(stock: _Stock, shape: tuple[int, ...]) -> Tensor:
-    """The next tensor of the network; ValueError where the streams hold none of this shape."""
-    size, kind = prod(shape), stock.take_number("kinds")
-    if kind == Kind.TERNARY:
-        code = stock.take("symbols", stock.take_number("sizes")).tobytes()
-        symbols = coding.decode_symbols(stock.take_number("coders"), code, size)
-        w_p, w_n = stock.take("centroids", 2)
-        values = np.array([0, w_p, -w_n], np.float32)[symbols]
-    elif kind == Kind.SPARSE:
+def _unpack(stock: _Stock, like: Tensor) -> Tensor:
+    """The next tensor of the network, as the meta tensor `like`; ValueError where the streams hold none such."""
+    size, kind = like.numel(), stock.take_number("kinds")
+    if kind in (Kind.GRID, Kind.BOOK):
+        return _unpack_symbols(stock, like, kind)
+    if kind == Kind.RAW:
+        return torch.from_numpy(stock.take("raw", size * like.dtype.itemsize).copy()).view(like.dtype).view(like.shape)
+    if kind == Kind.SPARSE:
         mask = np.unpackbits(stock.take("masks", -(-size // 8)), count=size).astype(bool)
-        values = np.zeros(size, np.float32)
-        values[mask] = stock.take("half", int(mask.sum()))
+        half = np.zeros(size, np.float16)
+        half[mask] = stock.take("half", int(mask.sum()))
     elif kind == Kind.HALF:
-        values = stock.take("half", size).astype(np.float32)
-    elif kind == Kind.FLOAT:
-        values = stock.take("float", size).astype(np.float32)
+        half = stock.take("half", size).astype(np.float16)
     else:
         raise ValueError(f"there is no kind {kind} of tensor")
-    return torch.from_numpy(values).view(shape)
+    tensor = torch.from_numpy(half)
+    return (tensor.view(like.dtype) if like.dtype == torch.bfloat16 else tensor.to(like.dtype)).view(like.shape)
 
 
-# The container.
+def _unpack_symbols(stock: _Stock, like: Tensor, kind: int) -> Tensor:
+    levels, position = stock.take_number("levels") + 1, stock.take_number("coders")
+    dtype = numbers(torch.empty(0, dtype=like.dtype)).dtype
+    if kind == Kind.GRID:
+        book = grid(stock.take("steps", 2 * dtype.itemsize).copy().view(dtype), levels // 2)
+    else:
+        book = stock.take("raw", levels * dtype.itemsize).copy().view(dtype)
+    if coding.order_of(position) is None:
+        code = stock.take("symbols", stock.take_number("sizes")).tobytes()
+        symbols = coding.decode_symbols(position, code, like.numel(), levels)
+    else:
+        symbols = stock.take("ranged", like.numel())
+    if kind == Kind.GRID and not (dtype.kind == "f" and levels % 2):
+        raise ValueError(f"a grid of {levels} levels of {dtype}")
+    return torch.from_numpy(book[symbols]).to(like.dtype).view(like.shape)
 
 
-def _seal(streams: Streams, spec: Spec, extra: Content) -> bytes:
-    """The whole file."""
-    high, low = coding.encode_halves(streams["half"])
-    arrays = {key: stream for key, stream in streams.items() if key != "half"}
-    arrays |= {"low": low, "high": np.frombuffer(high, np.uint8)}
-    content = {"version": VERSION, "sha256": BLANK, "spec": spec, "extra": extra}
-    blank = safetensors.numpy.save(arrays, {ENTRY: json.dumps(content, separators=(",", ":"))})
-    return blank.replace(BLANK.encode(), hashlib.sha256(blank).hexdigest().encode(), 1)
+def _halves(tensor: Tensor) -> np.ndarray | None:
+    """The elements as float16 numbers, of bfloat16 ones the same bits; None if that would change any."""
+    flat = tensor.reshape(-1)
+    if tensor.dtype == torch.bfloat16:
+        return flat.view(torch.float16).numpy()
+    if tensor.is_complex() or tensor.dtype.itemsize == 1:
+        return None
+    half = flat.half()
+    is_exact = torch.equal(half.to(flat.dtype), flat) and (tensor.is_floating_point() or bool(half.isfinite().all()))
+    return half.numpy() if is_exact else None
 
 
-def _content(data: bytes, path: Path) -> Content:
-    """What the metadata says, once version and digest are found right."""
-    try:
-        header = json.loads(data[8 : 8 + min(int.from_bytes(data[:8], "little"), MAX_HEADER)])
-        content = json.loads(header["__metadata__"][ENTRY])
-        version, digest = content["version"], content["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: no packed network, or a damaged one; copy it again") from None
-    if version != VERSION:
-        raise UserError(f"{path}: format {_short(repr(version))}, not {VERSION}; pack the network again")
-    if not _is_digest(digest, data):
-        raise UserError(f"{path}: damaged, its checksum does not match; copy it again")
-    return content
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _is_digest(digest: object, data: bytes) -> bool:
-    """Whether `digest`, found in the file, is that of the file."""
-    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-        return False
-    return hashlib.sha256(data.replace(digest.encode(), BLANK.encode(), 1)).hexdigest() == digest
+def _check_finite(spec: Spec, state_dict: Mapping[str, Tensor], path: Path, remedy: str) -> None:
+    """UserError where a built-in network's tensors are not finite; in others there may be masks of -inf."""
+    for name, tensor in state_dict.items() if not is_own_network(spec) else ():
+        if not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{path}: {name} holds NaN or infinite values; {remedy}")
 
 
-def _open(data: bytes) -> Streams:
-    """The streams in a file; ValueError where they are not those of the format."""
-    try:
-        arrays = safetensors.numpy.load(data)
-    except Exception as error:  # safetensors raises its own, and whatever the declared types lead to
-        raise ValueError(_short(error)) from None
-    if {key: array.dtype for key, array in arrays.items()} != CONTAINER:
-        raise ValueError(f"its tensors are not {', '.join(CONTAINER)}")
-    streams = {key: array.reshape(-1) for key, array in arrays.items()}
-    streams["half"] = coding.decode_halves(streams.pop("high").tobytes(), streams.pop("low"))
-    return streams
-
-
-def _network(spec: Spec, path: Path) -> dict[str, Tensor]:
-    """Names and shapes of the network that `spec` describes: meta tensors, no memory whatever it claims."""
-    row = ROWS.get(str(spec.get("name")))
-    if row is None or spec.keys() != {"name", *row.arguments} or not all(_is_positive(spec[a]) for a in row.arguments):
-        raise UserError(f"{path}: {_short(spec)} describes no network; pack another")
-    try:
-        state_dict = expected_state_dict(spec)
-    except Exception as error:  # a made-up spec leads to anything
-        raise UserError(f"{path}: its network can't be built ({_short(error)}); pack another") from None
-    network = {name: tensor for name, tensor in state_dict.items() if tensor.is_floating_point()}
-    if sum(tensor.numel() for tensor in network.values()) > MAX_WEIGHTS:
-        raise UserError(f"{path}: its network has more than {MAX_WEIGHTS:,} weights; pack a smaller one")
-    return network
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _small(extra: Content) -> Content:
+def _small(extra: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a checkpoint's `extra`, if a program here can have written it."""
     told = {key: is_valid for key, is_valid in TOLD.items() if key != "classes"}  # names would take many bytes
     return {key: extra[key] for key, is_valid in told.items() if key in extra and is_valid(extra[key])}
-
-
-def _short(text: object) -> str:
-    """At most one line of a text that may be any."""
-    return " ".join(str(text).split())[:120]
 
 
 def _read(path: Path) -> bytes:

@@ -1,6 +1,5 @@
 """Scoring: read a network, count it on every ruler, evaluate it, export it."""
 
-import copy
 import json
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from torch import nn
 
 import rulers
 from engine.device import choose_machine
-from engine.evaluation import Evaluation, evaluate, rounded_to_16_bit
+from engine.evaluation import Evaluation, as_stored, evaluate
 from engine.images.batches import ImageRequest, load_data
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
@@ -93,7 +92,7 @@ def run(args: Namespace) -> int:
     images = None
     if args.eval:
         images = Images(dataset, args.data_path, args.val_batch_size, args.workers, args.cuda)
-    exports = Exports(args.save, args.pt_sparse, args.pack, args.unpack)
+    exports = Exports(args.save, args.pt_sparse, args.pack, args.unpack, args.halfprecision)
 
     prune_depthwise(network, recipe.prune_threshold)
     inputs = f"input of {said(wanted.shapes)}" if wanted.shapes else f"image of {recipe.image_size} px"
@@ -113,8 +112,6 @@ def run(args: Namespace) -> int:
 
 def checked_path(args: Namespace, wanted: Wanted) -> Path | None:
     """The file to score, None for the user's own network as it is built; UserError where the flags do not fit."""
-    if wanted.builder and (args.pack or args.unpack):
-        raise UserError(f"--model {args.model}: packed files hold built-in models only; leave --pack, --unpack out")
     if args.eval and wanted.shapes:
         raise UserError("--eval is for images; pass --image-size, or leave --input-shape out")
     if wanted.builder and not args.t_model:
@@ -181,10 +178,7 @@ def count_all(loaded: Loaded, recipe: Recipe) -> dict[str, Tally]:
 
 
 def evaluate_network(loaded: Loaded, recipe: Recipe, images: Images) -> Evaluation:
-    """Evaluate a network as it is counted: with half precision, every parameter is rounded to 16 bit first.
-
-    The arithmetic is of 32 bit always.
-    """
+    """Evaluate a network with the values that packing keeps of it; the arithmetic is of 32 bit always."""
     checkpoint, network = loaded
     machine = choose_machine(images.cuda)
     request = ImageRequest(
@@ -198,8 +192,7 @@ def evaluate_network(loaded: Loaded, recipe: Recipe, images: Images) -> Evaluati
     )
     data = load_data(request, machine.device)
     checkpoint.check_classes(data.classes, data.name, images.data_path)
-    network = rounded_to_16_bit(network) if recipe.half_precision else copy.deepcopy(network)  # what is exported stays
-    return evaluate(machine.place(network), data, machine)
+    return evaluate(machine.place(as_stored(network, recipe.half_precision)), data, machine)
 
 
 def as_dict_of(evaluation: Evaluation | None) -> dict[str, Any] | None:

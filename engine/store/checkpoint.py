@@ -269,9 +269,9 @@ def read_network(path: Path, wanted: Spec | None = None) -> Checkpoint:
     """
     content = read(path)
     found, stated = tensors_in(content, path), content.get("model")
-    if own := _own_spec(stated, wanted or {}, path):
+    if own := own_spec(stated, wanted or {}, path):
         spec: Spec = own
-        tensors = _of_own(own, found, path)
+        tensors = tensors_of_own(own, found, path)
     else:
         with naming(path):
             spec, fitted = identify(found, stated, wanted)
@@ -285,7 +285,7 @@ def read_network(path: Path, wanted: Spec | None = None) -> Checkpoint:
     return Checkpoint(path, spec, tensors, extra)
 
 
-def _own_spec(stated: object, wanted: Spec, path: Path) -> dict[str, Any] | None:
+def own_spec(stated: object, wanted: Spec, path: Path) -> dict[str, Any] | None:
     """The spec of the user's own network that flags or the file name; None where neither names one.
 
     The flags' builder goes before the file's, and each of their arguments too.
@@ -302,10 +302,10 @@ def _own_spec(stated: object, wanted: Spec, path: Path) -> dict[str, Any] | None
             f"pass --model {name}{f' {repeated}' if arguments else ''}"
         )
     known = {key: says[key] for key in ("num_classes",) if key in says}
-    return {"name": name} | ({"arguments": arguments} if arguments else {}) | known
+    return {"name": name, "arguments": arguments} | known
 
 
-def _of_own(spec: Spec, found: Mapping[str, Tensor], path: Path) -> OrderedDict[str, Tensor]:
+def tensors_of_own(spec: Spec, found: Mapping[str, Tensor], path: Path) -> OrderedDict[str, Tensor]:
     """The tensors of the network that `spec` describes, the user's own; UserError if they do not fit it."""
     network = build(spec)
     expected = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}

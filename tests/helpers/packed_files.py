@@ -19,7 +19,9 @@ from model_scoring.packing import PackReport, read_packed, write_packed
 
 TINY = {"name": "cifar_micronet", "depth": 0.1, "width": 0.1, "num_classes": 2}  # 8 channels, 3 blocks
 EXTRA = {"dataset": "CIFAR10", "image_size": 32, "accuracy": 91.01}
-TERNARY, DENSE, VARIANCE = "layer1.0.conv1.weight", "linear.weight", "bn1.running_var"  # tensors of TINY
+TERNARY, REPEATED, BOOK = "layer1.0.conv1.weight", "layer2.0.conv2.weight", "layer3.0.conv2.weight"  # tensors of TINY
+DENSE, VARIANCE = "linear.weight", "bn1.running_var"
+OWN = {"name": "nets:own", "arguments": {"width": 2}, "num_classes": 3}
 
 
 @functools.cache
@@ -35,10 +37,12 @@ def tiny(changed: dict[str, Tensor] | None = None, extra: dict | None = None) ->
 
 
 def mixed() -> Checkpoint:
-    """A small network with tensors of every kind."""
+    """A small network with tensors of every kind, one of them ternary and not range coded."""
     sparse = reference_tensors("tiny")["conv1.weight"].clone()
     sparse[::2] = 0
-    return tiny({"conv1.weight": sparse, VARIANCE: torch.linspace(1, 1e6, 8)})
+    book = torch.tensor([0.0, 0.1, -0.3, 1.23])[torch.arange(576) % 5 % 4].view(8, 8, 3, 3)
+    repeated = reference_tensors("tiny")[REPEATED].reshape(-1)[:48].repeat(12).view(8, 8, 3, 3)
+    return tiny({"conv1.weight": sparse, VARIANCE: torch.linspace(1, 1e6, 8), BOOK: book, REPEATED: repeated})
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:

@@ -18,15 +18,20 @@ import safetensors.numpy
 import torch
 
 from engine.program.errors import UserError
+from engine.store.checkpoint import Checkpoint
+from engine.store.values import stored_values
 from helpers.packed_files import (
-    TERNARY,
+    BOOK,
+    OWN,
+    REPEATED,
     TINY,
     allocating_less_than,
     mixed,
 )
 from model import build
-from model_scoring import coding, packing
-from model_scoring.packing import ENTRY, read_packed, stored_values
+from model_scoring import coding, container
+from model_scoring.container import ENTRY
+from model_scoring.packing import read_packed, write_packed
 
 pytestmark = pytest.mark.robustness
 
@@ -56,24 +61,52 @@ def header_of(data: bytes) -> bytes:
     return data[8 : 8 + int.from_bytes(data[:8], "little")]
 
 
-def forged(data: bytes, content: dict | None = None, streams: dict | None = None) -> bytes:
-    """The packed file `data` with content or streams replaced (None: left out), and the digest of that."""
-    old = json.loads(json.loads(header_of(data))["__metadata__"][ENTRY])
-    arrays = safetensors.numpy.load(data) | (streams or {})
-    arrays = {key: array for key, array in arrays.items() if array is not None}
-    metadata = {ENTRY: json.dumps(old | (content or {}), separators=(",", ":"))}
-    return sealed(safetensors.numpy.save(arrays, metadata))
-
-
 def with_header(data: bytes, header: bytes) -> bytes:
     """The packed file `data` with another header."""
     return len(header).to_bytes(8, "little") + header + data[8 + len(header_of(data)) :]
 
 
-def test_a_forger_who_changes_nothing_is_believed(packed: bytes, tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(forged(packed))
-    for name, tensor in read_packed(tmp_path / "a").state_dict.items():
-        assert torch.equal(tensor, stored_values(mixed().state_dict[name]))
+def saved(arrays: dict, metadata: dict) -> bytes:
+    """A packed file of any tensors and metadata, with the digest of that."""
+    text = json.dumps(metadata, separators=(",", ":"))
+    return sealed(safetensors.numpy.save(arrays, {ENTRY: text}))
+
+
+def metadata_of(data: bytes) -> dict:
+    return json.loads(json.loads(header_of(data))["__metadata__"][ENTRY])
+
+
+def deflated(data: bytes) -> np.ndarray:
+    return np.frombuffer(coding.compress(coding.DEFLATE, data), np.uint8)
+
+
+def forged(data: bytes, index: dict | None = None, streams: dict | None = None) -> bytes:
+    """The packed file `data` with entries of the index or streams replaced, and the digest of that."""
+    content = container.open_sealed(data)
+    old = container.streams_of(content, 10**6)
+    kept = {key: value for key, value in content.index.items() if key != "streams"}
+    return container.seal(kept | (index or {}), old | (streams or {}))[0]
+
+
+def indexed(data: bytes, index: dict | bytes, rest: bytes = b"") -> bytes:
+    """The packed file `data` with another index, or entries of it, and something behind its streams."""
+    content = container.open_sealed(data)
+    text = index if isinstance(index, bytes) else json.dumps(content.index | index).encode()
+    streams = np.append(content.arrays["streams"], np.frombuffer(rest, np.uint8))
+    return saved({"index": deflated(text), "streams": streams}, metadata_of(data))
+
+
+@pytest.fixture(scope="module")
+def packed_1() -> bytes:
+    """A packed file of version 1."""
+    return (Path(__file__).parent.parent / "reference" / "packed_version_1.safetensors").read_bytes()
+
+
+def test_a_forger_who_changes_nothing_is_believed(packed: bytes, packed_1: bytes, tmp_path: Path) -> None:
+    for data in (forged(packed), indexed(packed, {}), saved(safetensors.numpy.load(packed_1), metadata_of(packed_1))):
+        (tmp_path / "a").write_bytes(data)
+        for name, tensor in read_packed(tmp_path / "a").state_dict.items():
+            assert torch.equal(tensor, stored_values(mixed().state_dict[name])) or name in (BOOK, REPEATED)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
@@ -140,15 +173,23 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
     refused(safetensors.numpy.save({"weight": np.zeros(9)}), tmp_path, "no packed network")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1], 1.5, "\n" * 9, "9" * 9999])
+@pytest.mark.parametrize("version", [0, 3, "1", None, [1], 1.5, True, "\n" * 9, "9" * 9999])
 def test_other_versions_are_refused(version: object, packed: bytes, tmp_path: Path) -> None:
-    refused(forged(packed, {"version": version}), tmp_path, "not 1; pack")
+    data = saved(safetensors.numpy.load(packed), metadata_of(packed) | {"version": version})
+    refused(data, tmp_path, "not 2; pack")
+
+
+def test_a_file_is_not_read_as_another_version(packed: bytes, packed_1: bytes, tmp_path: Path) -> None:
+    refused(saved(safetensors.numpy.load(packed), metadata_of(packed) | {"version": 1}), tmp_path, "made up")
+    refused(saved(safetensors.numpy.load(packed_1), metadata_of(packed_1) | {"version": 2}), tmp_path, "made up")
 
 
 @pytest.mark.parametrize("digest", ["", "0" * 63, "1" * 64, "F" * 64, 10**63, None, ["0" * 64], "\n" * 64])
 def test_other_digests_are_refused(digest: object, packed: bytes, tmp_path: Path) -> None:
-    unsealed = forged(packed, {"sha256": "none"})
-    refused(unsealed.replace(b'\\"none\\"', json.dumps(json.dumps(digest))[1:-1].encode()), tmp_path)
+    data = safetensors.numpy.save(
+        safetensors.numpy.load(packed), {ENTRY: json.dumps(metadata_of(packed) | {"sha256": digest})}
+    )
+    refused(data, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -167,12 +208,23 @@ def test_other_digests_are_refused(digest: object, packed: bytes, tmp_path: Path
         *(TINY | {"width": value} for value in (0, -1.5, 1e300, {}, None, -math.inf)),
         *(TINY | {"num_classes": value} for value in (0, -1, 2**62, 10**30, 0.5, "2", False)),
         {"name": "efficientnet-b4", "num_classes": 2**20},
+        OWN | {"num_classes": 0},
+        OWN | {"num_classes": 1.5},
+        OWN | {"name": 3},
+        OWN | {"name": "nets"},
+        OWN | {"arguments": None},
+        OWN | {"more": 1},
         {"name": "imagenet_micronet", "depth": 4, "width": 32, "num_classes": 1000},
     ],
     ids=lambda spec: repr(spec)[:60],
 )
-def test_specs_that_make_no_sensible_network_are_refused(spec: dict, packed: bytes, tmp_path: Path) -> None:
-    refused(forged(packed, {"spec": spec}), tmp_path, "describes no network|can't be built|has more than")
+def test_specs_that_make_no_sensible_network_are_refused(
+    spec: dict, packed: bytes, packed_1: bytes, tmp_path: Path
+) -> None:
+    match = "describes no network|can't be built|has more than"
+    refused(saved(safetensors.numpy.load(packed_1), metadata_of(packed_1) | {"spec": spec}), tmp_path, match)
+    if all(type(value) is not float or math.isfinite(value) for value in spec.values()):
+        refused(forged(packed, {"spec": spec}), tmp_path, match)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +248,9 @@ def test_a_file_must_say_its_network(content: dict, packed: bytes, tmp_path: Pat
     ],
     ids=repr,
 )
-def test_a_file_is_not_read_as_another_network(spec: dict, packed: bytes, tmp_path: Path) -> None:
+def test_a_file_is_not_read_as_another_network(spec: dict, packed: bytes, packed_1: bytes, tmp_path: Path) -> None:
     refused(forged(packed, {"spec": spec}), tmp_path, "damaged, or made up")
+    refused(saved(safetensors.numpy.load(packed_1), metadata_of(packed_1) | {"spec": spec}), tmp_path, "made up")
 
 
 def test_hostile_extra_entries_are_dropped(packed: bytes, tmp_path: Path) -> None:
@@ -206,9 +259,86 @@ def test_hostile_extra_entries_are_dropped(packed: bytes, tmp_path: Path) -> Non
     assert read_packed(tmp_path / "a").extra == {}
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"",
+        b"[]",
+        b"3",
+        b"{}",
+        b"\xff",
+        b"[" * 100_000,
+        b"9" * 100_000,
+        b'{"a":' * 100_000,
+        b"[" + b"0," * 600_000 + b"0]",
+    ],
+    ids=lambda index: repr(index[:9]),
+)
+def test_absurd_indexes_are_refused(index: bytes, packed: bytes, tmp_path: Path) -> None:
+    refused(indexed(packed, index), tmp_path, "damaged, or made up|does not say")
+
+
+SHAPES = [[2**40], [2**14, 2**15], [2**62, 2**62], [0, 2**62], [-1], [1.0], ["1"], 3, None, [1] * 65, [True]]
+INDEXES = [
+    {"names": None},
+    {"names": []},
+    {"shapes": []},
+    {"shapes": {}},
+    {"types": []},
+    {"types": {"0": "quint8"}},
+    {"types": {"0": "bool"}},
+    {"types": {"0": "complex64"}},
+    {"types": {"0": ["float32"]}},
+    {"lanes": 0},
+    {"lanes": -1},
+    {"lanes": 2**62},
+    {"lanes": "1"},
+    {"lanes": None},
+    {"lanes": 1.0},
+]
+
+
+@pytest.mark.parametrize("index", INDEXES, ids=repr)
+def test_forged_indexes_are_refused(index: dict, packed: bytes, tmp_path: Path) -> None:
+    refused(forged(packed, index), tmp_path, "damaged, or made up")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: repr(shape)[:30])
+def test_tensors_of_absurd_shapes_are_refused_before_they_are_made(
+    shape: object, packed: bytes, tmp_path: Path
+) -> None:
+    own = {"spec": OWN, "names": ["w"], "shapes": [shape], "types": {}}
+    refused(forged(packed, own), tmp_path, "damaged, or made up")
+
+
+def test_too_many_tensors_are_refused(packed: bytes, tmp_path: Path) -> None:
+    names = [str(i) for i in range(2**14 + 1)]
+    own = {"spec": OWN, "names": names, "shapes": [[1]] * len(names), "types": {}}
+    refused(forged(packed, own), tmp_path, "more than 16,384 tensors")
+
+
+def test_no_symbols_of_an_empty_tensor_are_decoded(tmp_path: Path) -> None:
+    write_packed(Checkpoint(Path("x"), OWN, {"w": torch.rand(40, 40).round()}), tmp_path / "own")
+    data = forged((tmp_path / "own").read_bytes(), {"shapes": [[0, 40]]})
+    refused(data, tmp_path, "words of symbols in 1 lanes")
+
+
+@pytest.mark.parametrize("names", [["a", "a"], [1, "a"], [None, "a"], [["a"], "b"]], ids=repr)
+def test_tensors_have_names_of_their_own(names: list, packed: bytes, tmp_path: Path) -> None:
+    own = {"spec": OWN, "names": names, "shapes": [[1], [1]], "types": {}}
+    refused(forged(packed, own), tmp_path, "a name of its own")
+
+
+def places(change: Callable[[list], object]) -> Callable[[bytes], bytes]:
+    """A forger who changes where streams are said to lie."""
+    return lambda data: indexed(data, {"streams": change(container.open_sealed(data).index["streams"])})
+
+
 def changed(key: str, change: Callable[[np.ndarray], object]) -> Callable[[bytes], bytes]:
     """A forger who changes one stream."""
-    return lambda data: forged(data, streams={key: change(safetensors.numpy.load(data)[key])})
+    return lambda data: forged(
+        data, streams={key: change(container.streams_of(container.open_sealed(data), 10**6)[key])}
+    )
 
 
 def replaced(index: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -220,46 +350,59 @@ def replaced(index: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
     return replace
 
 
-def deflated(data: bytes) -> np.ndarray:
-    return np.frombuffer(coding.compress(coding.DEFLATE, data), np.uint8)
-
-
 def ternary_of(code: bytes, position: int) -> Callable[[bytes], bytes]:
-    """A forger who replaces the code of the first ternary layer, 576 weights."""
+    """A forger who replaces the code of the ternary layer that is not range coded, 576 weights."""
 
     def forge(data: bytes) -> bytes:
-        streams = safetensors.numpy.load(data)
-        symbols = np.concatenate([np.frombuffer(code, np.uint8), streams["symbols"][streams["sizes"][0] :]])
-        sizes, coders = replaced(0, len(code))(streams["sizes"]), replaced(0, position)(streams["coders"])
-        return forged(data, streams={"symbols": symbols, "sizes": sizes, "coders": coders})
+        streams = container.streams_of(container.open_sealed(data), 10**6)
+        coders = replaced(int(np.flatnonzero(streams["coders"] < 5)[0]), position)(streams["coders"])
+        replacement = {"symbols": np.frombuffer(code, np.uint8), "sizes": np.array([len(code)]), "coders": coders}
+        return forged(data, streams=replacement)
 
     return forge
 
 
 CHANGES = {
-    "missing": lambda array: None,
     "one short": lambda array: array[:-1],
     "one more": lambda array: np.append(array, array[-1:]),
     "empty": lambda array: array[:0],
-    "as float64": lambda array: array.astype(np.float64),
 }
 BOMB = bytes(20_000_000)
 FORGERIES = {
-    **{f"{key} {how}": changed(key, change) for key in packing.CONTAINER for how, change in CHANGES.items()},
-    "one tensor more": lambda data: forged(data, streams={"more": np.zeros(1, np.uint8)}),
-    "a kind that is none": changed("kinds", replaced(-1, 4)),
-    "a coder that is none": changed("coders", replaced(0, 5)),
+    **{f"{key} {how}": changed(key, change) for key in container.STREAMS for how, change in CHANGES.items()},
+    "streams that are not listed": places(lambda listed: None),
+    "a stream less in the list": places(lambda listed: listed[:-1]),
+    "a stream more in the list": places(lambda listed: [*listed, [0, 0]]),
+    "a stream of negative size": places(lambda listed: [[-1, 0], *listed[1:]]),
+    "a stream of absurd size": places(lambda listed: [*listed[:-1], [2**62, 0]]),
+    "a stream of another size": places(lambda listed: [[listed[0][0] + 1, listed[0][1]], *listed[1:]]),
+    "a stream without compressor": places(lambda listed: [[listed[0][0], 3], *listed[1:]]),
+    "a stream of another compressor": places(lambda listed: [*listed[:-1], [listed[-1][0], 1]]),
+    "a place that is none": places(lambda listed: [3, *listed[1:]]),
+    "bytes behind the streams": lambda data: indexed(data, {}, b"more"),
+    "a number cut off": places(lambda listed: [*listed[:-2], [listed[-2][0] + 2, 0], [listed[-1][0] - 2, 0]]),
+    "streams that are a bomb": changed("kinds", lambda array: np.zeros(20_000_000, np.uint8)),
+    "a kind that is none": changed("kinds", replaced(-1, 5)),
+    "a coder that is none": changed("coders", replaced(0, 8)),
+    "other levels": changed("levels", replaced(0, 3)),
+    "one level": changed("levels", lambda array: np.zeros_like(array)),
+    "a grid of even levels": changed("levels", lambda array: array ^ 1),
+    "the most levels": changed("levels", lambda array: np.full_like(array, 255)),
     "kinds in another order": changed("kinds", lambda array: array[::-1].copy()),
     "a size beyond the file": changed("sizes", replaced(0, 2**32 - 1)),
     "a size of zero": changed("sizes", replaced(0, 0)),
-    "an infinite centroid": changed("centroids", replaced(0, np.inf)),
-    "a centroid that is NaN": changed("centroids", replaced(1, np.nan)),
-    "an infinite float": changed("float", replaced(0, -np.inf)),
+    "an infinite step": changed("steps", lambda array: np.full(array.size // 4, np.inf, "<f4").view(np.uint8)),
+    "a step that is NaN": changed("steps", lambda array: np.full(array.size, 255, np.uint8)),
+    "an infinite value": changed("raw", lambda array: np.full(array.size // 4, -np.inf, "<f4").view(np.uint8)),
     "a mask with more ones": changed("masks", replaced(0, 255)),
     "a mask with fewer ones": changed("masks", replaced(-1, 0)),
-    "infinite float16 values": changed("high", lambda array: deflated(b"\x7c" * array.size)),
-    "high bytes that are a bomb": changed("high", lambda array: deflated(BOMB)),
-    "high bytes that are none": changed("high", lambda array: np.full(array.size, 255, np.uint8)),
+    "infinite float16 values": changed("half", lambda array: np.full_like(array, np.inf)),
+    "other probabilities": changed("depths", lambda array: array[::-1].copy()),
+    "no probabilities": changed("depths", lambda array: np.full_like(array, 255)),
+    "probabilities that are none": changed("depths", lambda array: np.full_like(array, 254)),
+    "words of zeros": changed("words", lambda array: np.zeros_like(array)),
+    "words of ones": changed("words", lambda array: np.full_like(array, 2**32 - 1)),
+    "a word changed": changed("words", lambda array: array ^ 1),
     "symbols that are too many": ternary_of(bytes(117), 0),
     "symbols that are too few": ternary_of(bytes(115), 0),
     "symbols that are none": ternary_of(b"\xf3" * 116, 0),
@@ -273,6 +416,7 @@ FORGERIES = {
     "symbols that are a bomb in LZMA": ternary_of(coding.compress(coding.LZMA, BOMB), 1),
     "symbols with zlib's header": ternary_of(zlib.compress(bytes(192)), 3),
     "symbols with xz's header": ternary_of(lzma.compress(bytes(116)), 1),
+    "symbols that are range coded": ternary_of(b"", 5),
 }
 
 
@@ -284,34 +428,54 @@ def test_forged_streams_are_refused(forge: Callable[[bytes], bytes], packed: byt
 
 
 def test_the_reason_of_a_refusal_is_said(packed: bytes, tmp_path: Path) -> None:
-    refused(changed("kinds", replaced(0, 4))(packed), tmp_path, "no kind 4 of tensor")
-    refused(changed("coders", replaced(0, 5))(packed), tmp_path, "no coder 5")
-    refused(changed("float", lambda array: array[1:])(packed), tmp_path, "float end too early")
-    refused(changed("sizes", lambda array: np.append(array, array))(packed), tmp_path, "6 sizes too many")
+    refused(changed("kinds", replaced(1, 5))(packed), tmp_path, "58 coders|6 coders of|no kind 5")
+    refused(changed("raw", lambda array: array[1:])(packed), tmp_path, "raw end too early")
+    refused(changed("sizes", lambda array: np.append(array, array))(packed), tmp_path, "1 sizes too many")
+    refused(ternary_of(b"", 5)(packed), tmp_path, "probabilities of")
+    refused(forged(packed, {"types": {"0": "bool"}}), tmp_path, "conv1.weight is bool")
 
 
 def test_a_forger_whose_symbols_fit_is_believed(packed: bytes, tmp_path: Path) -> None:
     for position, code in ((0, bytes(116)), (3, deflated(bytes(192))), (4, deflated(b""))):
         (tmp_path / "a").write_bytes(ternary_of(bytes(code), position)(packed))
-        assert not read_packed(tmp_path / "a").state_dict[TERNARY].any()
+        assert not read_packed(tmp_path / "a").state_dict[REPEATED].any()
+
+
+@pytest.mark.parametrize("key", container.VERSION_1)
+@pytest.mark.parametrize("how", [*CHANGES, "missing", "as float64", "ones"])
+def test_forged_streams_of_version_1_are_refused(key: str, how: str, packed_1: bytes, tmp_path: Path) -> None:
+    arrays = safetensors.numpy.load(packed_1)
+    array = arrays.pop(key)
+    if how == "as float64":
+        arrays[key] = array.astype(np.float64)
+    elif how == "ones":
+        arrays[key] = np.frombuffer(b"\xff" * array.nbytes, array.dtype)
+    elif how != "missing":
+        arrays[key] = CHANGES[how](array)
+    data = saved(arrays, metadata_of(packed_1))
+    if (key, how) == ("low", "ones"):  # other values, and as good
+        (tmp_path / "a").write_bytes(data)
+        assert read_packed(tmp_path / "a").spec == TINY
+    else:
+        refused(data, tmp_path, "damaged, or made up|NaN or infinite")
 
 
 @pytest.mark.parametrize(
     "entry",
     [
-        b'"kinds":{"dtype":"U8","shape":[281474976710656],"data_offsets":[0,281474976710656]}',
-        b'"kinds":{"dtype":"U8","shape":[4294967296,4294967296],"data_offsets":[0,0]}',
-        b'"kinds":{"dtype":"U8","shape":[-1],"data_offsets":[0,0]}',
-        b'"kinds":{"dtype":"U8","shape":[0],"data_offsets":[5,0]}',
-        b'"kinds":{"dtype":"X9","shape":[0],"data_offsets":[0,0]}',
-        b'"kinds":{"dtype":"F8_E4M3","shape":[0],"data_offsets":[0,0]}',
-        b'"kinds":{}',
-        b'"kinds":[]',
+        b'"index":{"dtype":"U8","shape":[281474976710656],"data_offsets":[0,281474976710656]}',
+        b'"index":{"dtype":"U8","shape":[4294967296,4294967296],"data_offsets":[0,0]}',
+        b'"index":{"dtype":"U8","shape":[-1],"data_offsets":[0,0]}',
+        b'"index":{"dtype":"U8","shape":[0],"data_offsets":[5,0]}',
+        b'"index":{"dtype":"X9","shape":[0],"data_offsets":[0,0]}',
+        b'"index":{"dtype":"F8_E4M3","shape":[0],"data_offsets":[0,0]}',
+        b'"index":{}',
+        b'"index":[]',
     ],
 )
 def test_absurd_declarations_are_refused(entry: bytes, packed: bytes, tmp_path: Path) -> None:
     header = header_of(packed)
-    declared = re.search(rb'"kinds":\{[^}]*\}', header)[0]
+    declared = re.search(rb'"index":\{[^}]*\}', header)[0]
     refused(sealed(with_header(packed, header.replace(declared, entry))), tmp_path, "damaged, or made up")
     both = declared + b"," + entry
     refused(sealed(with_header(packed, header.replace(declared, both))), tmp_path, "damaged, or made up")
@@ -325,9 +489,9 @@ def test_other_types_of_tensors_are_refused(dtype: bytes, packed: bytes, tmp_pat
 
 def test_a_tensor_declared_twice_is_refused(packed: bytes, tmp_path: Path) -> None:
     header = header_of(packed)
-    kinds, masks = (re.search(rb'"%s":\{[^}]*\}' % key, header)[0] for key in (b"kinds", b"masks"))
-    twice = kinds + b"," + masks.replace(b"masks", b"kinds")
-    refused(sealed(with_header(packed, header.replace(kinds, twice))), tmp_path, "made up")
+    index, streams = (re.search(rb'"%s":\{[^}]*\}' % key, header)[0] for key in (b"index", b"streams"))
+    twice = index + b"," + streams.replace(b"streams", b"index")
+    refused(sealed(with_header(packed, header.replace(index, twice))), tmp_path, "made up")
 
 
 # ------------------------------------------------------------------------------------------------- fuzzing

@@ -72,8 +72,6 @@ def test_a_users_own_network_is_counted_and_strict_names_what_has_no_rule(tmp_pa
     assert mults == {"convolutions": 27 * 8 * 900, "linear layers": 80, "poolings": 8}
     with pytest.raises(engine.program.errors.UserError, match="i0"):
         score(*command, "--strict")
-    with pytest.raises(engine.program.errors.UserError, match="leave --pack"):
-        score(*command, "--pack", "own.safetensors")
     with pytest.raises(engine.program.errors.UserError, match="no form"):
         score(*command, "--accounting", "published")
 
@@ -113,6 +111,30 @@ def test_a_users_own_network_may_end_in_batch_norm(tmp_path, monkeypatch):
     torch.save(ends_in_norm.net().state_dict(), "own.pt")
     assert score(tmp_path / "own.pt", "--model", "ends_in_norm:net", "--json", "own.json") == 0
     assert json.loads(Path("own.json").read_text())["model"]["num_classes"] == 7
+
+
+@pytest.mark.parametrize("bits", ["--halfprecision", "--no-halfprecision"])
+def test_a_users_own_network_is_evaluated_as_it_is_packed(bits, tmp_path, monkeypatch):
+    layers = "nn.Conv2d(3, n, 3), nn.BatchNorm2d(n), nn.ReLU(), nn.Flatten(), nn.Linear(36 * n, 10)"
+    (tmp_path / "with_norm.py").write_text(f"from torch import nn\n\ndef net(n):\n    return nn.Sequential({layers})\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import with_norm
+
+    network = with_norm.net(8)
+    network(torch.randn(64, 3, 8, 8))  # running statistics that are no 16-bit numbers
+    torch.save(network.state_dict(), "own.pt")
+    own = "--model with_norm:net --model-args n=8 --dataset digits --image-size 8".split()
+    score("own.pt", *own, bits, "--eval", "--pack", "own.safetensors", "--json", "1.json")
+    score("own.safetensors", *own, bits, "--eval", "--unpack", "again.pt", "--json", "2.json")
+    score("again.pt", *own, "--no-halfprecision", "--eval", "--json", "3.json")
+    one, two, three = (json.loads(Path(f"{i}.json").read_text())["evaluation"] for i in (1, 2, 3))
+    assert one == two == three  # the loss to its last bit
+    with pytest.raises(engine.program.errors.UserError, match="does not fit what with_norm:net builds"):
+        score("own.safetensors", *[argument.replace("n=8", "n=9") for argument in own])
+    monkeypatch.setattr("model.own._built", set())  # as a new process knows none
+    with pytest.raises(engine.program.errors.UserError, match=r"that with_norm:net builds, .* pass --model with_norm"):
+        score("own.safetensors")
 
 
 def test_what_can_not_be_compared_or_written_is_said_before_the_evaluation(resnet, tmp_path, monkeypatch):
