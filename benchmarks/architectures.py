@@ -39,9 +39,9 @@ TIMM = """
 """.split()  # one a family
 COMMAND = "python benchmarks/architectures.py > docs/architectures.md"
 HEADERS = (
-    ["network", "multiplications", "less than torch", "parameters", "not used", "uncounted", "by analogy", "seconds"]
-    + ["MiB", "peak"]
-)  # fmt: skip
+    *("network", "multiplications", "less than torch", "parameters", "not used", "uncounted", "by analogy"),
+    *("seconds", "MiB", "peak"),
+)
 REPEATED = ("timm:convit_tiny", "timm:edgenext_xx_small", "timm:sequencer2d_s")  # ahead, but once an image
 # So that no network pays for what torch imports to trace one.
 WARM_UP = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())

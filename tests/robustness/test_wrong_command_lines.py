@@ -197,7 +197,7 @@ BAD_COMMANDS = [
     (SCALING + "--dataset", "argument --dataset: expected one argument"),
     (SCALING + "--amp fp8", "argument --amp: invalid choice: 'fp8' (choose from"),
     (SCALING + "--no-cuda 1", "unrecognized arguments: 1"),
-    (SCALING + "--model resnet20", "unrecognized arguments: --model resnet20"),
+    (SCALING + "--model resnet50", "argument --model: unknown model 'resnet50' (choose from "),
     (SCALING + "--Epochs 3", "unrecognized arguments: --Epochs 3"),
     (SCALING + "--resume", "argument --resume: expected one argument"),
     (SCALING + "images", "unrecognized arguments: images"),
