@@ -104,10 +104,10 @@ def full_precision(args: Namespace) -> Checkpoint:
     wanted = wanted_spec(args.model, args.dw_multps, args.phi, args.model_args)
     if args.pretrained:
         return read_network(published_weights(args.model), wanted)
-    if is_own(args.model or "") and not args.model_dict:
+    if is_own(args.model or "") and args.model_dict is None:
         torch.manual_seed(derived_seed(args.seed, 0))
         return as_built(wanted)
-    return read_network(find(args.model_dict or FP_MODEL, Path(FP_MODELS)), wanted)
+    return read_network(find(FP_MODEL if args.model_dict is None else args.model_dict, Path(FP_MODELS)), wanted)
 
 
 def request_of(checkpoint: Checkpoint, args: Namespace) -> ImageRequest:

@@ -114,9 +114,9 @@ def checked_path(args: Namespace, wanted: Wanted) -> Path | None:
     """The file to score, None for the user's own network as it is built; UserError where the flags do not fit."""
     if args.eval and wanted.shapes:
         raise UserError("--eval is for images; pass --image-size, or leave --input-shape out")
-    if wanted.builder and not args.t_model:
+    if wanted.builder and args.t_model is None:
         return None
-    return find(args.t_model or T_MODEL, Path(T_MODELS))
+    return find(T_MODEL if args.t_model is None else args.t_model, Path(T_MODELS))
 
 
 def load_before(name: str, wanted: Wanted, image_size: int | None) -> Loaded:

@@ -205,7 +205,7 @@ BAD_COMMANDS = [
     (QUANTIZATION + "--select size", "argument --select: invalid choice: 'size' (choose from"),
     (QUANTIZATION + "--schedule linear", "argument --schedule: invalid choice: 'linear'"),
     (QUANTIZATION + "--do-prune yes", "unrecognized arguments: yes"),
-    (QUANTIZATION + "--model module:function", "argument --model: unknown model 'module:function'"),
+    (QUANTIZATION + "--model module:function", "--model module:function: No module named 'module'; it must name"),
     (QUANTIZATION + "--no-resume --resume x", "argument --resume: not allowed with argument --no-resume"),
     (QUANTIZATION + "--grid 1 1", "unrecognized arguments: --grid 1 1"),
     (SCORING + "--dataset Cifar", "argument --dataset: invalid choice: 'Cifar'"),
