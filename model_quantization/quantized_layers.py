@@ -207,7 +207,7 @@ class QuantizedLayers:
         width = 2 * self.most + 1
         counts = torch.zeros(len(self.numel) * width, dtype=torch.int64, device=steps.device)
         place = self._layer_of_row * width + self.most
-        inverse = torch.where(steps > 0, 1 / steps, 0.0)
+        inverse = torch.where(steps > 0, 1 / steps, 0.0).clamp(max=torch.finfo(torch.float32).max)
         w_p, w_n, n = (self._per_row(each) for each in (*inverse, self.levels))
         for rows in self._chunks():
             weights = self.weights[rows]
