@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-TRUSTED = "torchvision.models:"
-"""Builders that a file may name: no other code that only a file names is imported."""
+TRUSTED = "torchvision.models"  # the module of builders that a file may name: other code that it names is not run
 PRETRAINED = ("weights", "pretrained")  # arguments of builders that choose values, not the network
 
 
@@ -32,9 +31,17 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
-def may_be_imported(builder: str) -> bool:
-    """Whether a builder that only a file names may be called: torchvision's own, or one that the user named."""
-    return builder.startswith(TRUSTED) or builder in _built
+def may_be_called(builder: str) -> bool:
+    """Whether a builder that a file names may be called: one that the user named, or that torchvision lists.
+
+    What else can be reached from torchvision's modules may not: `os.system` is among it.
+    """
+    module, _, function = builder.partition(":")
+    if builder in _built or module != TRUSTED:
+        return builder in _built
+    from torchvision import models
+
+    return function in models.list_models(module=models)
 
 
 def label_of(builder: str) -> str:
@@ -148,6 +155,8 @@ def _function(builder: str) -> Any:
 
 def _module(name: str) -> ModuleType:
     """The module `name`, or of the file `name`; what lies in the current folder goes before packages of that name."""
+    if name == TRUSTED:  # the installed one, whatever lies in the current folder
+        return importlib.import_module(name)
     here = Path.cwd()
     file = Path(name) if name.endswith(".py") else here / (name.replace(".", "/") + ".py")
     package = here / name.replace(".", "/") / "__init__.py"

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load_file
@@ -33,7 +34,7 @@ from engine.store.tensors import check_values, tensors_in
 from model import build
 from model.identify import OtherNetwork, expected_state_dict, identify
 from model.names import Fit, first, fit, unwrapped
-from model.own import PRETRAINED, is_own, label_of, may_be_imported, run_once, takes
+from model.own import PRETRAINED, is_own, label_of, may_be_called, run_once, takes
 from model.registry import Spec
 
 Content = dict[str, Any]
@@ -288,21 +289,30 @@ def read_network(path: Path, wanted: Spec | None = None) -> Checkpoint:
 def own_spec(stated: object, wanted: Spec, path: Path) -> dict[str, Any] | None:
     """The spec of the user's own network that flags or the file name; None where neither names one.
 
-    The flags' builder goes before the file's, and each of their arguments too.
+    The flags' builder goes before the file's, and each of their arguments too. A builder that only the file names is
+    a UserError, unless it may be called; arguments that choose weights are taken from the flags alone.
     """
-    says = stated if isinstance(stated, Mapping) and is_own(str(stated.get("name", ""))) else {}
-    name = str(wanted.get("name") or says.get("name", ""))
+    says = stated if _says_own(stated) else {}
+    name = wanted.get("name") or says.get("name", "")
     if not is_own(name):
         return None
-    arguments = {**says.get("arguments", {}), **wanted.get("arguments", {})}
-    if "name" not in wanted and not may_be_imported(name):
-        repeated = " ".join(["--model-args", *(f"{key}={value}" for key, value in arguments.items())])
+    arguments = {**without_weights(says.get("arguments", {})), **wanted.get("arguments", {})}
+    if "name" not in wanted and not may_be_called(name):
+        given = ["--model-args", *(f"{key}={value}" for key, value in arguments.items())] if arguments else []
         raise UserError(
             f"{path} holds a network that {name} builds, and code that only a file names is not imported: "
-            f"pass --model {name}{f' {repeated}' if arguments else ''}"
+            f"if you know that code, pass {shlex.join(['--model', name, *given])}"
         )
-    known = {key: says[key] for key in ("num_classes",) if key in says}
+    known = {"num_classes": says["num_classes"]} if type(says.get("num_classes")) is int else {}
     return {"name": name, "arguments": arguments} | known
+
+
+def _says_own(stated: object) -> TypeGuard[Spec]:
+    """Whether a file says of its network what a stage here says of one of the user's own."""
+    if not isinstance(stated, Mapping) or type(stated.get("name")) is not str or not is_own(stated["name"]):
+        return False
+    arguments = stated.get("arguments", {})
+    return isinstance(arguments, Mapping) and all(type(key) is str for key in arguments)
 
 
 def tensors_of_own(spec: Spec, found: Mapping[str, Tensor], path: Path) -> OrderedDict[str, Tensor]:

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from engine.program.errors import UserError
-from engine.store.checkpoint import Checkpoint, network_content, read, read_network, save
+from engine.store.checkpoint import Checkpoint, network_content, own_spec, read, read_network, save
 from engine.store.run_folder import Run, resume_from
 from helpers import ROOT
 from helpers.networks import TINY
+from helpers.refusals import refusal
 from model import build
 from model.selection import ternary_candidates
 from model_quantization.quantized_layers import QuantizedLayers
+from model_scoring import networks
+from model_scoring.packing import write_packed
 
 pytestmark = pytest.mark.robustness
 
@@ -268,3 +271,42 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     command = f"{sys.executable} -c {shlex.quote(program)} {tmp_path}"
     grown = int(subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, check=True).stdout)
     assert grown < 40_000  # KiB
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("torchvision.models:resnet.torch.os.system", {"command": "touch {}/called"}),
+        ("torchvision.models:_api.importlib.import_module", {"name": "planted"}),
+        ("torchvision.models:get_model", {"name": "resnet18"}),
+        ("torchvision.models.resnet:torch.os.system", {"command": "touch {}/called"}),
+        ("planted:net", {}),
+        ("planted.py:net", {}),
+    ],
+)
+def test_code_that_only_a_file_names_is_never_run(name, arguments, tmp_path, monkeypatch):
+    """Neither by a checkpoint nor by a packed file, and whatever torchvision's modules lead to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("model.own._built", set())
+    (tmp_path / "planted.py").write_text("import pathlib\npathlib.Path('called').touch()\ndef net(): pass\n")
+    arguments = {key: value.format(tmp_path) for key, value in arguments.items()}
+    spec = {"name": name, "arguments": arguments, "num_classes": 10}
+    tensors = {"a.weight": torch.zeros(2, 2)}
+    torch.save({"model": spec, "state_dict": tensors}, "x.pt")
+    write_packed(Checkpoint(tmp_path / "x.pt", spec, tensors), tmp_path / "x.safetensors")
+    for file in ("x.pt", "x.safetensors"):
+        message = refusal(networks.load, tmp_path / file, networks.Wanted({}), None)
+        assert "code that only a file names is not imported" in message
+    assert not (tmp_path / "called").exists() and "planted" not in sys.modules
+
+
+@pytest.mark.parametrize("arguments", [["a"], {1: 2}, "x", torch.zeros(1), None])
+def test_specs_that_no_program_here_wrote_say_nothing(arguments, tmp_path):
+    spec = {"name": "torchvision.models:resnet18", "arguments": arguments, "num_classes": 10}
+    torch.save({"model": spec, "state_dict": {"a.weight": torch.zeros(2, 2)}}, tmp_path / "x.pt")
+    assert "the tensors fit none of the known networks" in refusal(read_network, tmp_path / "x.pt")
+
+
+def test_a_file_can_not_have_weights_downloaded(tmp_path):
+    spec = {"name": "torchvision.models:resnet18", "arguments": {"weights": "DEFAULT", "num_classes": 10}}
+    assert own_spec(spec, {}, tmp_path / "x.pt")["arguments"] == {"num_classes": 10}
