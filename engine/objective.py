@@ -1,9 +1,10 @@
 """What training minimises: cross-entropy, or with a teacher a part of it and the distance to what the teacher says."""
 
+from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,17 +68,31 @@ class Objective:
         return (1 - self.weight) * F.cross_entropy(logits, labels) + self.weight * distance
 
 
-class Taught(Protocol):
-    """The part of a recipe that says what training minimises."""
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """The part of a recipe that says what training minimises, and on which images it is judged.
 
-    @property
-    def teacher_weight(self) -> float: ...
+    `teacher_sha256` is that of the teacher's file; the others are the flags of these names. All have defaults, as they
+    were added later; see `engine.store.run_folder.shaping`.
+    """
 
-    @property
-    def temperature(self) -> float: ...
+    holdout: float = 0.0
+    teacher: str | None = None
+    teacher_sha256: str | None = None
+    teacher_weight: float = 1.0
+    temperature: float = 1.0
+    freeze_batch_norm: bool = False
 
-    @property
-    def freeze_batch_norm(self) -> bool: ...
+
+def taught(args: Namespace, teacher: Checkpoint | None) -> dict[str, Any]:
+    """The fields of `Taught` by name; UserError for flags of a teacher where there is none."""
+    names = [field.name for field in fields(Taught) if field.name != "teacher_sha256"]
+    values = {name: getattr(args, name) for name in names}
+    if not teacher and (args.teacher_weight, args.temperature) != (1.0, 1.0):
+        raise UserError(
+            "--teacher-weight and --temperature say how a teacher is followed; pass --teacher NAME, or self"
+        )
+    return values | ({"teacher_sha256": teacher.sha256} if teacher else {})
 
 
 def objective_of(recipe: Taught, teacher: Checkpoint | None, machine: Machine) -> Objective:

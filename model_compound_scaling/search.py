@@ -13,7 +13,7 @@ from engine.device import Machine, choose_machine
 from engine.evaluation import dense_flop, say_test
 from engine.fit import fit
 from engine.images.batches import Data, ImageRequest, ImagesOnDisk, load_data
-from engine.objective import SELF, Objective, objective_of, teacher_checkpoint
+from engine.objective import SELF, Objective, objective_of, taught, teacher_checkpoint
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import scaled, wanted_spec
@@ -47,7 +47,8 @@ def run(args: Namespace) -> int:
         read_network(find(args.init, Path()), wanted_spec(args.model, arguments=args.model_args)) if args.init else None
     )
     model = checkpoint.spec["name"] if checkpoint else args.model
-    multipliers = [] if model else grid_of(args)
+    is_scaled = not checkpoint and (not model or row_of(model).family == "micronet")
+    multipliers = grid_of(args) if is_scaled else []
     machine = choose_machine(args.cuda, args.amp, args.compile)
     data = load_data(request_of(row_of(model or "imagenet_micronet"), args), machine.device)
     if checkpoint:
@@ -55,10 +56,8 @@ def run(args: Namespace) -> int:
         checkpoint = checkpoint.with_classes(data.classes, data.name, args.data_path, derived_seed(args.seed, 0, 0))
     teacher = teacher_of(args, checkpoint, data)
     recipe = recipe_of(checkpoint, teacher, data, args)
-    if model:
-        candidates = [alone(recipe, checkpoint, data)]
-    else:
-        candidates = [grid_point(replace(recipe, d=d, w=w, phi=args.phi), data) for d, w in multipliers]
+    candidates = [grid_point(replace(recipe, d=d, w=w, phi=args.phi), data) for d, w in multipliers]
+    candidates = candidates or [alone(recipe, checkpoint, data)]
     return train_all(candidates, objective_of(recipe, teacher, machine), data, machine, args)
 
 
@@ -137,19 +136,14 @@ def recipe_of(checkpoint: Checkpoint | None, teacher: Checkpoint | None, data: D
         model_args=tuple(args.model_args),
         init=checkpoint.path.name if checkpoint else None,
         init_sha256=checkpoint.sha256 if checkpoint else None,
-        holdout=args.holdout,
-        teacher=args.teacher,
-        teacher_sha256=teacher.sha256 if teacher else None,
-        teacher_weight=args.teacher_weight,
-        temperature=args.temperature,
-        freeze_batch_norm=args.freeze_batch_norm,
+        **taught(args, teacher),
     )
 
 
 def grid_point(recipe: Recipe, data: Data) -> Candidate:
     """MicroNet(d^phi, w^phi)."""
     assert recipe.d and recipe.w and recipe.phi is not None
-    name = "imagenet_micronet" if isinstance(data, ImagesOnDisk) else "cifar_micronet"
+    name = recipe.model or ("imagenet_micronet" if isinstance(data, ImagesOnDisk) else "cifar_micronet")
     spec = {"name": name, **scaled(recipe.d, recipe.w, recipe.phi), "num_classes": len(data.classes)}
     return Candidate(
         f"Grid point d {recipe.d:g}, w {recipe.w:g}, phi {recipe.phi:g}",
@@ -166,8 +160,6 @@ def alone(recipe: Recipe, checkpoint: Checkpoint | None, data: Data) -> Candidat
         return Candidate(recipe.model, checkpoint.path.stem, recipe, lambda: (checkpoint.network(), checkpoint.spec))
     classes, own = len(data.classes), is_own(recipe.model)
     spec: dict[str, Any] = {"name": recipe.model, "num_classes": classes}
-    if row_of(recipe.model).family == "micronet":
-        spec |= {"depth": 1.0, "width": 1.0}
     if own:
         given = dict(recipe.model_args)
         fitting = {"num_classes": classes} if takes(recipe.model, "num_classes") else {}

@@ -10,7 +10,7 @@ from engine.evaluation import evaluate
 from engine.fit import Phase
 from engine.images.batches import Data
 from engine.images.datasets import DATASETS
-from engine.objective import Objective
+from engine.objective import Objective, Taught
 from engine.store.checkpoint import Content, network_content
 from engine.store.run_folder import Record
 from engine.training import Epoch, cosine, derived_seed, load_moments, train_epoch
@@ -18,12 +18,11 @@ from model import Spec
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Taught):
     """All that shapes the result of a grid point (d, w), or of the network `model`: its run's folder is found by it.
 
-    `data` is the digest of the images, `init_sha256` and `teacher_sha256` are those of these files; `image_size` is in
-    pixels; the others are the flags of these names. What has a default was added later; see
-    `engine.store.run_folder.shaping`.
+    `data` is the digest of the images, `init_sha256` that of the file `init`; `image_size` is in pixels; the others are
+    the flags of these names. What has a default was added later; see `engine.store.run_folder.shaping`.
     """
 
     dataset: str
@@ -45,12 +44,6 @@ class Recipe:
     model_args: tuple[tuple[str, object], ...] = ()
     init: str | None = None
     init_sha256: str | None = None
-    holdout: float = 0.0
-    teacher: str | None = None
-    teacher_sha256: str | None = None
-    teacher_weight: float = 1.0
-    temperature: float = 1.0
-    freeze_batch_norm: bool = False
 
 
 class Scratch:

@@ -13,7 +13,7 @@ from engine.distributed import barrier
 from engine.evaluation import Diverged, as_stored, evaluate, say_test
 from engine.fit import fit
 from engine.images.batches import Data, ImageRequest, load_data
-from engine.objective import objective_of, teacher_checkpoint
+from engine.objective import objective_of, taught, teacher_checkpoint
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import wanted_spec
@@ -123,7 +123,7 @@ def request_of(checkpoint: Checkpoint, args: Namespace) -> ImageRequest:
         val_batch_size=args.val_batch_size,
         workers=args.workers,
         preprocessing=row.preprocessing,
-        train=args.epochs + args.retrain_epochs > 0,
+        train=args.epochs + args.retrain_epochs > 0 or args.holdout > 0,
         holdout=args.holdout,
         split=args.split,
     )
@@ -156,12 +156,7 @@ def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, a
         layers=tuple(args.layers),
         without=tuple(args.without),
         bits=tuple(sorted(args.bits, key=lambda one: one[0] != ALL)),
-        holdout=args.holdout,
-        teacher=args.teacher,
-        teacher_sha256=teacher.sha256 if teacher else None,
-        teacher_weight=args.teacher_weight,
-        temperature=args.temperature,
-        freeze_batch_norm=args.freeze_batch_norm,
+        **taught(args, teacher),
     )
     return [replace(first, s=s, g=g) for s, g in grid]
 

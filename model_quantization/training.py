@@ -9,7 +9,7 @@ from engine.device import Machine
 from engine.evaluation import evaluate
 from engine.fit import Phase
 from engine.images.batches import Data
-from engine.objective import Objective
+from engine.objective import Objective, Taught
 from engine.store.checkpoint import Checkpoint, Content, network_content
 from engine.store.run_folder import Record
 from engine.training import Epoch, cosine, derived_seed, train_epoch
@@ -22,12 +22,12 @@ RETRAIN = "retrain"  # name of the second phase
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Taught):
     """All that shapes the result of a pair (s, g), and nothing else: its run's folder is found by it.
 
     `model_dict` and `sha256` are name and digest of the checkpoint, `data` is the digest of the images; `image_size`
-    is in pixels; `teacher_sha256` is that of the teacher's file; the others are the flags of these names. What has a
-    default was added later; see `engine.store.run_folder.shaping`.
+    is in pixels; the others are the flags of these names. What has a default was added later; see
+    `engine.store.run_folder.shaping`.
     """
 
     model_dict: str
@@ -52,12 +52,6 @@ class Recipe:
     layers: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     bits: tuple[tuple[str, int], ...] = ()
-    holdout: float = 0.0
-    teacher: str | None = None
-    teacher_sha256: str | None = None
-    teacher_weight: float = 1.0
-    temperature: float = 1.0
-    freeze_batch_norm: bool = False
 
     @property
     def patterns(self) -> Patterns:

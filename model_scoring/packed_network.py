@@ -10,6 +10,7 @@ from torch import Tensor
 from model import ROWS, Spec
 from model.identify import expected_state_dict
 from model.names import mismatches
+from model.own import is_own
 from model_scoring.container import BadFile, Content, short
 
 # A file that claims more is refused before anything of that size is made.
@@ -67,7 +68,7 @@ def is_own_network(spec: Spec) -> bool:
     return (
         spec.keys() == {"name", "arguments", "num_classes"}
         and isinstance(spec["name"], str)
-        and ":" in spec["name"]
+        and is_own(spec["name"])
         and isinstance(spec["arguments"], dict)
         and isinstance(spec["num_classes"], int)
         and _is_positive(spec["num_classes"])

@@ -6,7 +6,7 @@ ImageNet and its like stay on disk, and worker processes decode them.
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from engine import distributed
 from engine.images.augment import Augmentation, normalise
 from engine.images.datasets import DATASETS, PHOTOGRAPH_SIZE, SMALL
 from engine.images.decoding import BadImages, White, open_image
+from engine.images.holdout import held_out
 from engine.images.preprocessing import Transform, for_training, for_validation
 from engine.images.sources import ClassFolders, Source, find_source
 from engine.program import processes
@@ -284,11 +285,7 @@ def load_data(request: ImageRequest, device: torch.device) -> Data:
 
 
 def _holding_out(data: Data, share: float) -> Data:
-    """The data set with a part of each class's training images in the place of the validation images.
-
-    It depends on the labels alone, so that runs with other seeds choose on the same images. UserError where a class
-    has fewer than two images.
-    """
+    """The data set with a part of each class's training images in the place of the validation images."""
     assert data.train
     if isinstance(data, ImagesInMemory):
         images, labels = data.train
@@ -298,19 +295,6 @@ def _holding_out(data: Data, share: float) -> Data:
     held = held_out(torch.tensor([label for _, label in files]), share, data.classes)
     kept, chosen = ([files[i] for i in part.nonzero().flatten().tolist()] for part in (~held, held))
     return replace(data, train=replace(data.train, files=kept), val=replace(data.val, files=chosen), test=data.val)
-
-
-def held_out(labels: Tensor, share: float, classes: Sequence[str]) -> Tensor:
-    """Which of the images with `labels` `[N]` are held out: booleans `[N]`, of each class `share`, but at least one."""
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
-    for label, name in enumerate(classes):
-        indices = (labels == label).nonzero().flatten()
-        if len(indices) < 2:
-            raise UserError(f"--holdout: {len(indices)} training images of {name} are too few to hold one out")
-        number = min(max(1, round(share * len(indices))), len(indices) - 1)
-        held[indices[torch.randperm(len(indices), generator=generator)[:number]]] = True
-    return held
 
 
 def _are_photographs(name: str, source: ClassFolders) -> bool:
