@@ -115,6 +115,7 @@ class QuantizedLayers:
         self._kept_extent = extent if self.frozen and not self.prune else None  # frozen weights do not move
         steps = ec2t.bounded_steps(self.centroids.double(), extent, self.levels)
         self.centroids.copy_(steps)
+        steps = torch.where(self.centroids > 0, steps, 0.0)  # a step may be too small for float32: no levels there
         row_w_p, row_w_n = map(self._per_row, steps)
         if self.frozen:
             for rows in self._chunks():
