@@ -36,13 +36,15 @@ def fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Fit:
     """Find the tensors of a network, whose names and shapes are `expected`, in what a file holds.
 
     A prefix of any depth is stripped where more names fit without it, and so are the attributes of torch's wrappers
-    anywhere in a name, unless the network has them itself. What lies outside the prefix is left out.
+    anywhere in a name, unless the network has them itself. What lies outside the prefix is left out. Weights are
+    multiplied by the masks that pruning leaves beside them, unless the network has masks of these names.
 
     >>> import torch
     >>> bias = torch.zeros(2)
     >>> fit({"fc.bias": bias}, {"model.module.fc.bias": bias, "loss.margin": bias}).notes
     ["'model.' stripped, 'module.' stripped, so that the names fit", 'left out loss.margin, beside the network']
     """
+    found, masks = _masked(expected, found)
     prefix, claimed, rivals = _best_prefix(expected, found)
     targets = {name: target for target, name in claimed.items()}
     wrapped = bool(prefix) or all(name != target for name, target in targets.items())
@@ -66,6 +68,7 @@ def fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Fit:
     notes += [f"{prefix!r} taken, {_listed(rivals)} has the same names"] if rivals else []
     notes += [f"left out {_listed(left)}, beside the network"] if left else []
     notes += [f"left out {_listed(counters)}, counters of thop"] if counters else []
+    notes += [f"weights multiplied by the masks beside them ({_listed(masks)})"] if masks else []
     _keep_versions(found, tensors, names)
     differences = mismatches(expected, tensors)
     renaming = _renaming(expected, tensors) if differences else ""
@@ -94,6 +97,34 @@ def first(differences: list[str]) -> str:
     """The first of some differences, and how many more there are."""
     more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
     return differences[0] + more
+
+
+def _masked(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """`found` with products for weights and their masks, and the names of these masks.
+
+    A mask of zeros and ones is `X_mask` beside `X_orig`, as `torch.nn.utils.prune` names them, or `mask` beside
+    `weight`.
+    """
+    products: dict[str, tuple[str, Tensor]] = {}  # by the weight's name: that of the product, and itself
+    masks: list[str] = []
+    own = {name.rpartition(".")[2] for name in expected}
+    for name, mask in found.items():
+        module, dot, last = name.rpartition(".")
+        if last in own or not last.endswith("mask"):
+            continue
+        weight, plain = (f"{module}{dot}weight",) * 2 if last == "mask" else (name[:-4] + "orig", name[:-5])
+        if weight in found and found[weight].shape == mask.shape and bool(((mask == 0) | (mask == 1)).all()):
+            products[weight] = plain, found[weight] * mask.to(found[weight].dtype)
+            masks.append(name)
+    if not masks:
+        return found, []
+    rest = [(name, (name, tensor)) for name, tensor in found.items() if name not in masks]
+    product: OrderedDict[str, Tensor] = OrderedDict(products.get(name, same) for name, same in rest)
+    if hasattr(found, "_metadata"):
+        vars(product)["_metadata"] = found._metadata
+    return product, masks
 
 
 def _best_prefix(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[str, dict[str, str], list[str]]:

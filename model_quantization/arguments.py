@@ -162,6 +162,11 @@ def _add_layer_arguments(parser: Parser) -> None:
         help="bits a weight, 2 (ternary) to 8, of the layers that match, likewise, or of all others (default: 2)",
     )
     layers.add_argument(
+        "--keep-zeros",
+        action="store_true",
+        help="weights of these layers that are zero in the checkpoint, a pruned network's, stay zero",
+    )
+    layers.add_argument(
         "--dry-run", action="store_true", help="list the layers, and what an epoch will take, and train nothing"
     )
 

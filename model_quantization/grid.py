@@ -155,6 +155,7 @@ def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, a
         compile=args.compile,
         layers=tuple(args.layers),
         without=tuple(args.without),
+        keep_zeros=args.keep_zeros,
         bits=tuple(sorted(args.bits, key=lambda one: one[0] != ALL)),
         **taught(args, teacher),
     )

@@ -24,7 +24,8 @@ CHUNK = 1024  # rows that a CPU works on at a time: they stay in its cache; a GP
 class QuantizedLayers:
     """All quantized layers of a network (or, with `prune`, all pruned ones), and the steps of EC2T on them.
 
-    `layers` names their weights, ternary ones, or tells the bits of each, 2 to 8, by its name.
+    `layers` names their weights, ternary ones, or tells the bits of each, 2 to 8, by its name. With `keep_zeros`,
+    weights that are zero from the start stay so.
 
     Attributes (R rows, L layers; float32 unless said otherwise):
         weights: `[R, ROW]` full-precision weights w, trained.
@@ -43,12 +44,13 @@ class QuantizedLayers:
         g: float,
         sustain: float = 0.0,
         prune: bool = False,
+        keep_zeros: bool = False,
     ):
         parameters = dict(network.named_parameters(remove_duplicate=False))
         self.bits = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 2)
         self.names = list(self.bits)
         self.parameters = [parameters[name] for name in self.names]
-        self.prune, self.frozen = prune, False
+        self.prune, self.keep_zeros, self.frozen = prune, keep_zeros, False
         device, dtype = self.parameters[0].device, self.parameters[0].dtype
         sizes = [p.numel() for p in self.parameters]
         rows = [-(-size // ROW) for size in sizes]
@@ -146,7 +148,14 @@ class QuantizedLayers:
         assert self.weights.grad is not None and self.centroids.grad is not None
         if self.prune:
             self.weights.grad.copy_(self.gradient)
-            return
+        else:
+            self._scale_gradients()
+        if self.keep_zeros:
+            for rows in self._chunks():
+                self.weights.grad[rows] *= self.weights[rows] != 0
+
+    def _scale_gradients(self) -> None:
+        assert self.weights.grad is not None and self.centroids.grad is not None
         signed, unsigned = self._row_vector(), self._row_vector()
         for rows in self._chunks():
             gradient, assignment = self.gradient[rows].float(), self.assignment[rows].float()
