@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.program.report import table
 from engine.store.checkpoint import Checkpoint, read_network
-from engine.store.values import is_quantized, levels_of, numbers
+from model.levels import is_quantized, levels_of, numbers
 from model_scoring.packing import write_packed
 
 

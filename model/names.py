@@ -99,9 +99,7 @@ def first(differences: list[str]) -> str:
     return differences[0] + more
 
 
-def _masked(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
-) -> tuple[Mapping[str, Tensor], list[str]]:
+def _masked(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
     """`found` with products for weights and their masks, and the names of these masks.
 
     A mask of zeros and ones is `X_mask` beside `X_orig`, as `torch.nn.utils.prune` names them, or `mask` beside

@@ -25,7 +25,7 @@ from engine.store.run_folder import Record, Run, resume_from, shaping
 from engine.training import derived_seed
 from model import row_of
 from model.own import is_own
-from model.selection import Patterns
+from model.selection import TERNARY, Patterns
 from model_quantization.arguments import ALL, FP_MODEL, FP_MODELS
 from model_quantization.choosing import choose, say_costs, show
 from model_quantization.comparison import Choice, compare, read_best
@@ -169,22 +169,25 @@ def run_pair(learner: Quantization, run: Run) -> Record:
         best = fit(learner, recipe.phases, run)
     except Diverged as error:
         raise UserError(f"{error} before any training; take another --model-dict") from None
-    result = {"s": recipe.s, "g": recipe.g, **best, **scored(run, best, learner.data, learner.machine)}
+    result = {"s": recipe.s, "g": recipe.g, **best, **scored(learner, run, best)}
     result |= {"seconds": run.seconds, "peak_memory": peak_memory()}
     run.finish(result)
     return result
 
 
-def scored(run: Run, best: Record, data: Data, machine: Machine) -> Record:
+def scored(learner: Quantization, run: Run, best: Record) -> Record:
     """What the best network counts as and reaches with parameters of 16 bit, as stage 3 scores it by default.
 
-    Counted on the `published` ruler, or on `challenge` where that has no form, at the size of the validation images.
+    Counted at the size of the validation images on the `published` ruler, or on `challenge` where that has no form: it
+    knows no other quantized layers than ternary ones.
     """
     barrier()  # until the first process has written that network
     content = read_best(run, best["phase"])
     network = Checkpoint(run.folder, content["model"], content["state_dict"]).network()
     name = content["model"]["name"]
-    ruler = next(ruler for ruler in RULERS.values() if ruler.knows(name))
+    ternary = set(learner.layers.bits.values()) == {TERNARY}
+    ruler = next(ruler for ruler in RULERS.values() if ruler.families is None or (ternary and ruler.knows(name)))
+    data, machine = learner.data, learner.machine
     tally = ruler.count(network, name, data.val_image_size, ruler.widths())
     evaluation = evaluate(machine.place(as_stored(network)), data, machine.in_32_bit())
     return {

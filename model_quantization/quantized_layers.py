@@ -24,8 +24,7 @@ CHUNK = 1024  # rows that a CPU works on at a time: they stay in its cache; a GP
 class QuantizedLayers:
     """All quantized layers of a network (or, with `prune`, all pruned ones), and the steps of EC2T on them.
 
-    `layers` names their weights, ternary ones, or tells the bits of each, 2 to 8, by its name. With `keep_zeros`,
-    weights that are zero from the start stay so.
+    `layers` names their weights, ternary ones, or tells the bits of each, 2 to 8, by its name.
 
     Attributes (R rows, L layers; float32 unless said otherwise):
         weights: `[R, ROW]` full-precision weights w, trained.
@@ -34,6 +33,7 @@ class QuantizedLayers:
         gradient: `[R, ROW]`, the loss's gradient at `quantized`, accumulated by backward.
         centroids: `[2, L]`, the steps w_p and w_n, which are the centroids of ternary layers; both positive.
         frozen: whether the assignment stays as it is.
+        keep_zeros: whether weights that are zero, a pruned network's, stay zero.
     """
 
     def __init__(
@@ -44,13 +44,12 @@ class QuantizedLayers:
         g: float,
         sustain: float = 0.0,
         prune: bool = False,
-        keep_zeros: bool = False,
     ):
         parameters = dict(network.named_parameters(remove_duplicate=False))
         self.bits = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 2)
         self.names = list(self.bits)
         self.parameters = [parameters[name] for name in self.names]
-        self.prune, self.keep_zeros, self.frozen = prune, keep_zeros, False
+        self.prune, self.keep_zeros, self.frozen = prune, False, False
         device, dtype = self.parameters[0].device, self.parameters[0].dtype
         sizes = [p.numel() for p in self.parameters]
         rows = [-(-size // ROW) for size in sizes]

@@ -79,9 +79,8 @@ class Quantization:
         parameters = dict(self.network.named_parameters())
         for name in layers.fixed:
             parameters.pop(name).requires_grad_(False)
-        self.layers = QuantizedLayers(
-            self.network, names, recipe.s, recipe.g, recipe.lambda_sustain, recipe.do_prune, recipe.keep_zeros
-        )
+        self.layers = QuantizedLayers(self.network, names, recipe.s, recipe.g, recipe.lambda_sustain, recipe.do_prune)
+        self.layers.keep_zeros = recipe.keep_zeros
         if machine.compile:
             self.layers.compile()
         self.others = [p for name, p in parameters.items() if name not in names and p.requires_grad]

@@ -25,8 +25,9 @@ from torch import Tensor
 from engine.program.errors import UserError
 from engine.store.checkpoint import TOLD, Checkpoint
 from engine.store.files import write_whole
-from engine.store.values import Levels, grid, levels_of, numbers, stored_values
+from engine.store.values import stored_values
 from model import Spec
+from model.levels import Levels, grid, levels_of, numbers
 from model_scoring import coding, rans
 from model_scoring.container import STREAMS, BadFile, Streams, open_sealed, seal, streams_of
 from model_scoring.packed_network import MAX_BYTES, TYPES, described, fitting, is_own_network, type_name

@@ -7,7 +7,7 @@ own.
 
 A symbol's probability depends on its layer and its context: the class of the symbol before it, or of that and of the
 third before it, which in a 3x3 kernel are its left and its upper neighbour. There are three classes: 0, odd and even
-symbols, which stand for zero, positive and negative weights (`engine.store.values.Levels`).
+symbols, which stand for zero, positive and negative weights (`model.levels.Levels`).
 
 Probabilities are kept on a logarithmic scale, a byte each: how far a symbol's count lies below that of the most
 frequent one of its context.

@@ -1,4 +1,4 @@
-"""The `improved` ruler: the challenge's rules, with cheaper storage and cheaper additions for ternary layers.
+"""The `improved` ruler: the challenge's rules, with cheaper storage and cheaper additions for quantized layers.
 
 The EC2T authors' follow-up (D. Becking, "Finding Storage- and Compute-Efficient Convolutional Neural
 Networks", TU Berlin 2020, section 4.3), whose scores are 0.0130 for CIFAR-100 and 0.3639 for ImageNet. It is
@@ -8,7 +8,9 @@ Networks", TU Berlin 2020, section 4.3), whose scores are 0.0130 for CIFAR-100 a
   `storage.improved_formats`.
 - The values that an output of a ternary layer sums over are added in a binary tree. The sum of two values of
   b bits needs b + 1 bits and no more, so that level by level the additions widen from b to 32 bits. Biases,
-  residual additions and the additions of other layers have the stated width.
+  residual additions and the additions of other layers have the stated width. By analogy, a layer of more bits, on a
+  grid or with a codebook, has a tree over all weights of a filter that are not zero, as the challenge's winner
+  counted.
 
 The authors' widths are 16 bit for values and multiplications and 32 bit for additions. With these their
 ResNet-20 (CIFAR-10, 63.90% zeros) counts 11,927 parameters and 8.638 MFLOP here, 11.8K and 8.5M in their
@@ -61,10 +63,10 @@ def tree_bits(summands: Tensor, b: int) -> Tensor:
 
 
 def tree_cost(node: Node, folding: Folding, b: int) -> Operations | None:
-    """A convolution or linear layer; the sum over a ternary filter runs in an adder tree, a bias does not."""
+    """A convolution or linear layer; the sum over a quantized filter runs in an adder tree, a bias does not."""
     operations = layer_cost(node, folding, b)
     layer = folding.layers.get(node)
-    if operations is None or layer is None or not layer.ternary or layer.transposed:
+    if operations is None or layer is None or layer.code is None or layer.transposed:
         return operations
     summands = layer.summands[layer.live]
     return Operations(

@@ -7,10 +7,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rulers.storage import Matrix
+from model.levels import MOST_LEVELS
+from rulers.storage import Code, Matrix, code_of
 from rulers.values import Node, Value
 
 CHUNK = 2**20  # weights that are looked at together, so that what is computed of them takes little memory
+SAMPLE = 2048  # weights of which mostly more than MOST_LEVELS are distinct, if they are not quantized
+FEW = 4  # values up to which comparing is faster than a search
 
 
 @dataclass(eq=False)
@@ -18,10 +21,10 @@ class Layer:
     """A convolution or linear layer, functional or not, as it is executed and stored.
 
     `weights` is [c_out, c_in / groups, kernel], where kernel is 1 for a linear layer; `counts` [c_out] has the
-    number of those that are not zero. `follows` says that the channels are the second dimension of input and
-    output, so that constant ones can be followed through. `reads` [c_out, c_in / groups] says which inputs are not
-    removed, None that all are there; `kept` [c_out] which filters are stored. A `shared` weight, which something
-    else uses as well, is stored whole.
+    number of those that are not zero, and `code` says how they are written if few are distinct. `follows` says that
+    the channels are the second dimension of input and output, so that constant ones can be followed through. `reads`
+    [c_out, c_in / groups] says which inputs are not removed, None that all are there; `kept` [c_out] which filters are
+    stored. A `shared` weight, which something else uses as well, is stored whole.
     """
 
     node: Node
@@ -35,7 +38,7 @@ class Layer:
     norms: list[Node] = field(default_factory=list)
     reads: Tensor | None = None
     counts: Tensor = field(init=False)
-    ternary: bool = field(init=False)
+    code: Code | None = field(init=False)
     kept: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,34 +94,44 @@ class Layer:
         else:
             stored = self.reads & self.kept[:, None]
             columns, numel = int(stored.sum(dim=1).max()), int(stored.sum())
-        return Matrix(rows, columns * kernel, numel * kernel, int(self.summands.sum()), self.ternary)
+        return Matrix(rows, columns * kernel, numel * kernel, int(self.summands.sum()), self.code)
 
 
-def statistics(weights: Tensor) -> tuple[Tensor, bool]:
-    """Of weights [rows, ...]: how many of each row are not zero, [rows], and whether they are ternary.
+def statistics(weights: Tensor) -> tuple[Tensor, Code | None]:
+    """Of weights [rows, ...]: how many of each row are not zero, [rows], and their code, if few are distinct.
 
-    One pass over them, and no more of it than is needed: what is not ternary mostly shows at once.
+    One pass over them, and no more of it than is needed: what has many values mostly shows at once.
     """
     rows = max(1, CHUNK // max(weights[0].numel(), 1)) if len(weights) else 1
-    counts, values = [torch.zeros(0, dtype=torch.int64)], {0.0}
+    counts, known = [torch.zeros(0, dtype=torch.int64)], _with(torch.zeros(1, dtype=weights.dtype), weights[:1])
     for chunk in weights.split(rows):
         chunk = chunk.flatten(1)
-        if _few(values) and chunk.numel():
-            values |= set(chunk[0, :64].tolist())
-            if _few(values):
-                values |= {chunk.min().item(), chunk.max().item()}
-            if _few(values) and not torch.stack([chunk == value for value in values]).any(dim=0).all():
-                values |= set(chunk.flatten().tolist())
+        if known is not None and not _has_all(known, chunk):
+            known = _with(known, chunk)
         if int(torch.count_nonzero(chunk)) == chunk.numel():
             counts.append(torch.full((len(chunk),), chunk.shape[1]))
         else:
             counts.append((chunk != 0).sum(dim=1))
-    return torch.cat(counts), _few(values)
+    return torch.cat(counts), code_of(known if known is None else known[known != 0], weights.numel())
 
 
-def _few(values: set[float]) -> bool:
-    """Whether there is at most one positive and one negative value."""
-    return sum(value > 0 for value in values) <= 1 and sum(value < 0 for value in values) <= 1
+def _with(known: Tensor, values: Tensor) -> Tensor | None:
+    """The distinct values among `known`, sorted, and `values`; None if there are too many."""
+    if known.is_complex():
+        return None
+    for part in (values.flatten()[:SAMPLE], values):  # the first ones mostly tell
+        known = torch.cat([known, part.flatten()]).unique()
+        if len(known) > MOST_LEVELS:
+            return None
+    return known
+
+
+def _has_all(known: Tensor, values: Tensor) -> bool:
+    """Whether all `values` are among `known`, sorted."""
+    if len(known) <= FEW:
+        return bool(torch.stack([values == value for value in known]).any(dim=0).all())
+    places = torch.searchsorted(known, values.contiguous()).clamp_(max=len(known) - 1)
+    return torch.equal(known[places], values)
 
 
 # ----------------------------------------------------------------------------------------------- finding them
@@ -138,12 +151,12 @@ PRODUCTS = {
 def find_layers(nodes: list[Node]) -> dict[Node, Layer]:
     """The layers among the operations `nodes`."""
     layers = {node: layer for node in nodes if (layer := _layer(node))}
-    facts: dict[Hashable, tuple[Tensor, bool]] = {}
+    facts: dict[Hashable, tuple[Tensor, Code | None]] = {}
     for node, layer in layers.items():
         key = layer.weight.key, node.operation
         if key not in facts:
             facts[key] = statistics(layer.weights)
-        layer.counts, layer.ternary = facts[key]
+        layer.counts, layer.code = facts[key]
     readers: dict[int, list[tuple[int, int, Node]]] = {}  # the bytes of each memory that nodes read
     for node in nodes:
         for source in {source for value in node.inputs for source in value.sources}:

@@ -16,6 +16,7 @@ from math import prod
 
 from rulers.folding import BATCH_NORMS, Folding, is_batch_norm
 from rulers.layers import PRODUCTS
+from rulers.storage import TERNARY
 from rulers.values import Node, Value
 
 
@@ -60,7 +61,8 @@ def per_element(mults: int, adds: int) -> Cost:
 def layer_cost(node: Node, folding: Folding, b: int) -> Operations | None:
     """A convolution or linear layer: a product for each weight that is not zero, and their sum.
 
-    In a ternary layer the summands of either value are added first, and the two sums multiplied. A product of
+    Where few weights are distinct, the summands of each value are added first, and the sums multiplied: of a ternary
+    layer two an output, of others as many as the layer has levels, or the filter weights. A product of
     features with features has no weights: each output sums over as many products as a row has elements.
     """
     layer = folding.layers.get(node)
@@ -68,7 +70,11 @@ def layer_cost(node: Node, folding: Folding, b: int) -> Operations | None:
         return _product_of_features(node)
     live, nonzero = int(layer.live.sum()), int(layer.summands.sum())
     products, outputs = nonzero * layer.positions, live * layer.outputs
-    mults = min(products, 2 * outputs) if layer.ternary else products
+    mults = products
+    if layer.code is TERNARY or (layer.code and layer.transposed):
+        mults = min(products, layer.code.levels * outputs)
+    elif layer.code:
+        mults = int(layer.summands.clamp(max=layer.code.levels).sum()) * layer.positions
     return Operations(mults, max(products - outputs, 0) + (outputs if layer.biased else 0))
 
 

@@ -60,8 +60,8 @@ class Read:
     @cached_property
     def matrix(self) -> Matrix:
         """The values as a matrix of one row."""
-        counts, ternary = statistics(self.elements.reshape(1, -1))
-        return Matrix(1, self.elements.numel(), self.elements.numel(), int(counts), ternary)
+        counts, code = statistics(self.elements.reshape(1, -1))
+        return Matrix(1, self.elements.numel(), self.elements.numel(), int(counts), code)
 
     def format(self, formats: FormatsOf, b: int) -> tuple[str, int]:
         """The smallest format, and its bits."""

@@ -13,7 +13,7 @@ from helpers.tallies import WIDTHS, lines, total
 from model import build
 from model.selection import ternary_candidates
 from rulers import challenge, improved
-from rulers.storage import Matrix, challenge_formats, improved_formats, smallest
+from rulers.storage import TERNARY, Code, Matrix, challenge_formats, improved_formats, smallest
 from rulers.tally import Widths
 
 # --------------------------------------------------------------------------------------------- the adder tree
@@ -65,15 +65,15 @@ def matrices(draw, values) -> list[list[float]]:
     return draw(st.lists(st.lists(values, min_size=columns, max_size=columns), min_size=rows, max_size=rows))
 
 
-def seen(matrix: list[list[float]], ternary: bool) -> Matrix:
+def seen(matrix: list[list[float]], code: Code | None) -> Matrix:
     numel, nonzero = len(matrix) * len(matrix[0]), sum(value != 0 for row in matrix for value in row)
-    return Matrix(len(matrix), len(matrix[0]), numel, nonzero, ternary)
+    return Matrix(len(matrix), len(matrix[0]), numel, nonzero, code)
 
 
 @given(matrices(st.sampled_from([0.0, 0.0, 0.5, -0.25])), st.integers(1, 32))
 def test_ternary_formats_hold_the_matrix(matrix, b):
     """Encode, decode, and add up the arrays' bits."""
-    formats = improved_formats(seen(matrix, ternary=True), b)
+    formats = improved_formats(seen(matrix, TERNARY), b)
     flat = [value for row in matrix for value in row]
 
     two_masks = 2 * len(flat) + 2 * b
@@ -115,7 +115,7 @@ def test_ternary_formats_hold_the_matrix(matrix, b):
 
 @given(matrices(st.sampled_from([0.0, 1.0, 2.0, -3.0])), st.integers(1, 32))
 def test_other_formats(matrix, b):
-    kind = seen(matrix, ternary=False)
+    kind = seen(matrix, None)
     assert challenge_formats(kind, b) == {"dense": kind.numel * b, "mask": kind.numel + kind.nonzero * b}
     formats = improved_formats(kind, b)
     assert set(formats) == {"dense", "mask", "CSR"}
@@ -136,11 +136,11 @@ def test_other_formats(matrix, b):
 )
 def test_the_smallest_format_is_taken(nonzero, b, name, bits):
     """A ternary layer of 64 filters of 64 x 3 x 3, from dense to empty."""
-    assert smallest(improved_formats(Matrix(64, 576, 36864, nonzero, True), b)) == (name, bits)
+    assert smallest(improved_formats(Matrix(64, 576, 36864, nonzero, TERNARY), b)) == (name, bits)
 
 
 def test_indices_are_wider_where_b_bits_do_not_suffice():
-    formats = improved_formats(Matrix(2, 70_000, 140_000, 100_000, True), 16)
+    formats = improved_formats(Matrix(2, 70_000, 140_000, 100_000, TERNARY), 16)
     assert formats["CSR"] == 100_000 * (1 + 17) + 3 * 17 + 32
 
 

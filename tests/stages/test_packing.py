@@ -22,7 +22,7 @@ from engine.program.errors import UserError
 from engine.store import checkpoint
 from engine.store.checkpoint import Checkpoint, network_content, read_network
 from engine.store.formats import is_packed
-from engine.store.values import grid, is_quantized, levels_of, stored_values
+from engine.store.values import stored_values
 from helpers.packed_files import (
     BOOK,
     DENSE,
@@ -40,6 +40,7 @@ from helpers.packed_files import (
     tiny,
 )
 from model import build
+from model.levels import grid, is_quantized, levels_of
 from model_scoring import container
 from model_scoring.container import ENTRY
 from model_scoring.packing import Kind, read_packed, write_packed
