@@ -36,11 +36,16 @@ class Patterns:
 def ternary_candidates(network: nn.Module, model: str, ran: Sequence[nn.Module] = ()) -> list[str]:
     """Names of the weights that EC2T quantizes unless patterns say otherwise, in the network's order.
 
-    Those that the row of `model` has; of a network of the user's own the convolutions and linear layers among the
-    modules that `ran` in this order, but not the first, not the last, and no depthwise one.
+    Those that the row of `model` has; of a network of the user's own the inner layers among the modules that `ran` in
+    this order.
     """
     if row_of(model).quantize:
         return _matching(dict(network.named_parameters()), row_of(model).quantize)
+    return inner_layers(network, ran)
+
+
+def inner_layers(network: nn.Module, ran: Sequence[nn.Module]) -> list[str]:
+    """Names of the weights of convolutions and linear layers in `ran`, without the first, the last, depthwise ones."""
     weights = [weight for module in ran for weight in _weights(module)]
     inner = {id(weight) for weight in weights[1:-1]} - {id(module.weight) for module in ran if is_depthwise(module)}
     return [name for name, parameter in network.named_parameters() if id(parameter) in inner]

@@ -66,12 +66,12 @@ def fitting(spec: Spec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def is_own_network(spec: Spec) -> bool:
     """Whether a spec is that of a network of the user's own."""
     return (
-        spec.keys() == {"name", "arguments", "num_classes"}
+        spec.keys() | {"num_classes"} == {"name", "arguments", "num_classes"}
         and isinstance(spec["name"], str)
         and is_own(spec["name"])
         and isinstance(spec["arguments"], dict)
-        and isinstance(spec["num_classes"], int)
-        and _is_positive(spec["num_classes"])
+        and isinstance(spec.get("num_classes", 1), int)
+        and _is_positive(spec.get("num_classes", 1))
     )
 
 

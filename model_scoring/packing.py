@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.program.errors import UserError
 from engine.store.checkpoint import TOLD, Checkpoint
@@ -28,6 +28,7 @@ from engine.store.files import write_whole
 from engine.store.values import stored_values
 from model import Spec
 from model.levels import Levels, grid, levels_of, numbers
+from model.names import mismatches
 from model_scoring import coding, rans
 from model_scoring.container import STREAMS, BadFile, Streams, open_sealed, seal, streams_of
 from model_scoring.packed_network import MAX_BYTES, TYPES, described, fitting, is_own_network, type_name
@@ -141,6 +142,29 @@ def read_packed(path: Path) -> Checkpoint:
         raise UserError(f"{path}: damaged, or made up ({error}); pack the network again") from None
     _check_finite(spec, state_dict, path, "pack the network again")
     return Checkpoint(path, spec, state_dict, _small(extra))
+
+
+def pack(network: nn.Module, path: str | Path, half_precision: bool = True) -> PackReport:
+    """Pack any network into the file `path`, as `write_packed` does; `unpack` loads it into a network of that kind."""
+    builder = type(network)
+    spec = {"name": f"{builder.__module__}:{builder.__qualname__}", "arguments": {}}
+    return write_packed(Checkpoint(Path(path), spec, network.state_dict()), Path(path), half_precision)
+
+
+def unpack(path: str | Path, network: nn.Module | None = None) -> nn.Module:
+    """Load the packed file `path` into `network`, which is returned; without one, into a built-in network.
+
+    UserError where the file is damaged, or its names and shapes are another network's.
+    """
+    checkpoint = read_packed(Path(path))
+    if network is None:
+        if is_own_network(checkpoint.spec):
+            raise UserError(f"{path} holds a network that {checkpoint.spec['name']} built; pass one to load it into")
+        return checkpoint.network()
+    if differences := mismatches(network.state_dict(), checkpoint.state_dict):
+        raise UserError(f"{path} holds another network: {differences[0]}")
+    network.load_state_dict(checkpoint.state_dict, strict=False)  # BatchNorm's counters of batches are not in it
+    return network
 
 
 # One tensor, and its share of the streams.
