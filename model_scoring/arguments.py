@@ -69,6 +69,15 @@ def parser() -> Parser:
     switch(export, "pt-sparse", False, "write them as sparse COO tensors instead")
     export.add_argument("--pack", metavar="FILE", help="write the network as a small .safetensors file")
     export.add_argument("--unpack", metavar="FILE", help="write the network as a .pt checkpoint")
+    export.add_argument("--onnx", metavar="FILE", help="write it as an ONNX file with symbols for quantized weights")
+    export.add_argument(
+        "--onnx-opset",
+        type=int,
+        choices=range(18, 24),
+        default=18,
+        metavar="N",
+        help="ONNX's version of operations, 18 to 23",
+    )
 
     add_data_arguments(
         parser,

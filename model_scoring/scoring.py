@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from model.identify import describe
 from model_scoring.arguments import T_MODEL, T_MODELS
 from model_scoring.export import Exports, export
 from model_scoring.networks import Wanted, examples, load, running, said
+from model_scoring.onnx_file import OnnxNetwork
 from model_scoring.pruning import prune_depthwise
 from model_scoring.tables import as_dict, before_and_after, listing, summary
 from rulers import RULERS
@@ -76,7 +78,7 @@ def run(args: Namespace) -> int:
     path = checked_path(args, wanted)
     checkpoint, network = load(path, wanted, args.image_size)
     before = load_before(args.before, wanted, args.image_size) if args.before else None
-    for file in filter(None, (args.json, args.pack, args.unpack)):
+    for file in filter(None, (args.json, args.pack, args.unpack, args.onnx)):
         if Path(file).is_dir():
             raise UserError(f"{file} is a folder; pass the name of a file to write")
     dataset = args.dataset or checkpoint.extra.get("dataset") or default_dataset(checkpoint.spec)
@@ -92,7 +94,7 @@ def run(args: Namespace) -> int:
     images = None
     if args.eval:
         images = Images(dataset, args.data_path, args.val_batch_size, args.workers, args.cuda)
-    exports = Exports(args.save, args.pt_sparse, args.pack, args.unpack, args.halfprecision)
+    exports = Exports(args.save, args.pt_sparse, args.pack, args.unpack, args.halfprecision, args.onnx, args.onnx_opset)
 
     prune_depthwise(network, recipe.prune_threshold)
     inputs = f"input of {said(wanted.shapes)}" if wanted.shapes else f"image of {recipe.image_size} px"
@@ -138,8 +140,8 @@ def score(
     tallies = count_all(loaded, recipe)
     tally = tallies[recipe.ruler]
     say(listing(tally))
-    export(network, checkpoint, exports)
-    evaluation = evaluate_network(loaded, recipe, images) if images else None
+    export(network, checkpoint, exports, recipe.wanted.shapes or recipe.image_size)
+    evaluation = evaluate_network(loaded, recipe, images, exports.onnx) if images else None
     say(summary(tallies, task, dataset, checkpoint.spec["num_classes"], evaluation))
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint.path),
@@ -177,8 +179,11 @@ def count_all(loaded: Loaded, recipe: Recipe) -> dict[str, Tally]:
     return tallies
 
 
-def evaluate_network(loaded: Loaded, recipe: Recipe, images: Images) -> Evaluation:
-    """Evaluate a network with the values that packing keeps of it; the arithmetic is of 32 bit always."""
+def evaluate_network(loaded: Loaded, recipe: Recipe, images: Images, onnx: str | None = None) -> Evaluation:
+    """Evaluate a network with the values that packing keeps of it; the arithmetic is of 32 bit always.
+
+    The file `onnx` of it is evaluated too, where ONNX Runtime is installed, and a line says how often it is right.
+    """
     checkpoint, network = loaded
     machine = choose_machine(images.cuda)
     request = ImageRequest(
@@ -192,6 +197,9 @@ def evaluate_network(loaded: Loaded, recipe: Recipe, images: Images) -> Evaluati
     )
     data = load_data(request, machine.device)
     checkpoint.check_classes(data.classes, data.name, images.data_path)
+    if onnx and find_spec("onnxruntime"):
+        file = evaluate(OnnxNetwork(Path(onnx).read_bytes()), data, machine)
+        say(f"{onnx}: {file.accuracy:.2f}% ({file.correct:,} of {file.images:,} right) in ONNX Runtime")
     return evaluate(machine.place(as_stored(network, recipe.half_precision)), data, machine)
 
 
