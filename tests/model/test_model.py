@@ -1,5 +1,6 @@
 """The networks: sizes, names and shapes of 2019, what their blocks compute, and how bare tensors are recognised."""
 
+import math
 import re
 
 import pytest
@@ -364,3 +365,20 @@ def test_mismatches_of_equal_networks_are_none():
 
 def test_layouts_and_models_know_each_other():
     assert set(LAYOUTS) <= set(ROWS)
+
+
+@pytest.mark.parametrize("size", [224, 240, 256])
+@pytest.mark.parametrize("name", ["efficientnet-b1", "efficientnet-lite1"])
+def test_efficientnets_pad_the_same_at_every_size(name, size):
+    """As TensorFlow does: outputs are ceil(input / stride), and an odd pixel of padding comes last."""
+    network, seen = build({"name": name}).eval(), []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda conv, inputs, output: seen.append((conv, inputs[0], output)))
+    with torch.no_grad():
+        network(torch.randn(1, 3, size, size))
+    for conv, x, output in seen:
+        (k, _), (stride, _), height = conv.kernel_size, conv.stride, x.shape[-1]
+        total = max((math.ceil(height / stride) - 1) * stride + k - height, 0)
+        padded = F.pad(x, [total // 2, total - total // 2] * 2)
+        assert torch.equal(output, F.conv2d(padded, conv.weight, conv.bias, stride, groups=conv.groups))

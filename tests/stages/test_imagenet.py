@@ -154,7 +154,7 @@ def test_lite_has_the_published_size_and_activation():
     assert sum(p.numel() for p in network.parameters()) == 5_416_680  # published: 5.4M
     kinds = Counter(type(module).__name__ for module in network.modules())
     assert kinds["ReLU6"] == 22 and not any("Swish" in kind for kind in kinds)  # one a block, one of stem and head
-    assert kinds["Conv2dStaticSamePadding"] == 1 + 20 + 21 + 21 + 1  # stem, expand, depthwise, project, head
+    assert kinds["Conv2dDynamicSamePadding"] == 1 + 20 + 21 + 21 + 1  # stem, expand, depthwise, project, head
 
 
 def test_layers_of_lite():
