@@ -10,15 +10,17 @@ epoch they are written in this order:
 A process may be killed between any two of these writes; the next one continues after the epoch that `last.pt` holds.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from engine import distributed
 from engine.evaluation import Diverged
-from engine.program.report import say
+from engine.program.report import duration, say
 from engine.store.checkpoint import Content, expecting, read, save
 from engine.store.run_folder import Record, Run
+from engine.training import Trained
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class Learner(Protocol):
     def begin(self, phase: Phase, best: Content | None) -> None:
         """Get ready for a phase; `best` is what `best_network` gave in the phase before, None in the first one."""
 
-    def train_epoch(self, phase: Phase, epoch: int) -> float:
-        """Train epoch `epoch`, counted from 0; return the mean loss, or raise Diverged."""
+    def train_epoch(self, phase: Phase, epoch: int) -> Trained:
+        """Train epoch `epoch`, counted from 0; or raise Diverged."""
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Record:
         """What is noted of an epoch: `val_loss`, `accuracy` (percent) and what else matters; or raise Diverged."""
 
     def line(self, phase: Phase, record: Record, best: Record) -> str:
@@ -91,17 +93,20 @@ def fit(learner: Learner, phases: Sequence[Phase], run: Run) -> Record:
     `{"epoch": None, "accuracy": 0.0}`. Raises Diverged where the loss of the network is NaN before any training.
     """
     best: Record | None = None
+    began = time.monotonic()
 
-    def note(phase: Phase, epoch: int, loss: float | None) -> None:
-        nonlocal best
+    def note(phase: Phase, epoch: int, done: Trained | None) -> None:
+        nonlocal best, began
         named = {"phase": phase.name} if phase.name else {}
-        record = named | {"epoch": epoch, "lr": learner.lr, "amp": learner.amp, "train_loss": loss}
+        training = {"train_loss": done and done.loss, "train_accuracy": done and done.accuracy}
+        record = named | {"epoch": epoch, "lr": learner.lr, "amp": learner.amp} | training
         record |= learner.evaluate()
         run.save_epoch(record, learner.state_dict())
         if best is None or merit(record) > merit(best):
             best = record
             save(learner.best_network(best), run.folder / phase.best_file)
-        say(learner.line(phase, record, best))
+        say(f"{learner.line(phase, record, best)}  {duration(time.monotonic() - began)}")
+        began = time.monotonic()
 
     begun, trained = 0, phases[0].first
     if run.state:

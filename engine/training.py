@@ -27,6 +27,13 @@ class Epoch(NamedTuple):
     description: str
 
 
+class Trained(NamedTuple):
+    """The mean loss (nats) over an epoch, and the accuracy in percent, both while training and of augmented images."""
+
+    loss: float
+    accuracy: float
+
+
 class Stepper(Protocol):
     """What an epoch, and float16's gradient scaler, need of an optimizer."""
 
@@ -52,8 +59,8 @@ def cosine(epoch: int, epochs: int) -> float:
 
 def train_epoch(
     network: nn.Module, optimizer: Stepper, data: Data, machine: Machine, epoch: Epoch, objective: Objective
-) -> float:
-    """Train `network` on every image once and return the mean of what `objective` measures (nats).
+) -> Trained:
+    """Train `network` on every image once; the loss is what `objective` measures.
 
     Raises Diverged as soon as a look at the loss finds it NaN or infinite, in all processes alike.
     """
@@ -61,23 +68,24 @@ def train_epoch(
     objective.start(network)
     torch.manual_seed(seed + processes.rank())
     scaler = machine.gradient_scaler()
-    total = torch.zeros((), device=machine.device)
+    total = torch.zeros(2, device=machine.device)
     bar = progress(data.train_batches(seed), description, data.num_train_batches)
     for step, (images, labels) in enumerate(bar, start=1):
         optimizer.zero_grad()
         with machine.autocast():
-            loss = objective.loss(network(images), images, labels)
+            logits = network(images)
+            loss = objective.loss(logits, images, labels)
         scaler.scale(loss).backward()
         scaler.step(cast(Optimizer, optimizer))  # it needs no more than a Stepper has
         scaler.update()
-        total += loss.detach()
+        total += torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).float().mean()])
         if step % STEPS_BETWEEN_LOOKS == 0 or step == data.num_train_batches:
-            mean = distributed.all_reduce(total / (step * processes.world_size())).item()
+            mean, right = distributed.all_reduce(total / (step * processes.world_size())).tolist()
             if not math.isfinite(mean):
                 raise Diverged(f"the training loss became {mean} within {step} steps of {description}")
             bar.set_postfix(loss=f"{mean:.3f}")
     distributed.average_buffers(network)
-    return mean
+    return Trained(mean, 100 * right)
 
 
 def load_moments(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:

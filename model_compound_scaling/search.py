@@ -19,8 +19,9 @@ from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import scaled, wanted_spec
 from engine.program.processes import is_first
 from engine.program.report import say, table, with_unit
-from engine.store.checkpoint import Checkpoint, copy, find, read_network
-from engine.store.run_folder import Record, Run, resume_from, shaping
+from engine.store.checkpoint import Checkpoint, find, read, read_network
+from engine.store.run_folder import Record, Run, publish, resume_from, shaping
+from engine.store.run_list import list_of
 from engine.training import derived_seed
 from model import Spec, build, row_of
 from model.micronet import MicroNet
@@ -41,6 +42,9 @@ class Candidate:
 
 def run(args: Namespace) -> int:
     """Train every candidate, print the comparison, copy the best network to `best_model.pt`."""
+    if args.list:
+        say(list_of(Path(args.save_dir)))
+        return 0
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
     checkpoint = (
@@ -53,11 +57,14 @@ def run(args: Namespace) -> int:
     data = load_data(request_of(row_of(model or "imagenet_micronet"), args), machine.device)
     if checkpoint:
         checkpoint = checkpoint.run_at(data.image_size)
-        checkpoint = checkpoint.with_classes(data.classes, data.name, args.data_path, derived_seed(args.seed, 0, 0))
+        checkpoint = checkpoint.with_classes(data.classes, data.name, args.data_path, derived_seed(args.seed[0], 0, 0))
     teacher = teacher_of(args, checkpoint, data)
     recipe = recipe_of(checkpoint, teacher, data, args)
-    candidates = [grid_point(replace(recipe, d=d, w=w, phi=args.phi), data) for d, w in multipliers]
-    candidates = candidates or [alone(recipe, checkpoint, data)]
+    candidates = []
+    for seed in dict.fromkeys(args.seed):
+        of_seed = replace(recipe, seed=seed)
+        grid = [grid_point(replace(of_seed, d=d, w=w, phi=args.phi), data) for d, w in multipliers]
+        candidates += grid or [alone(of_seed, checkpoint, data)]
     return train_all(candidates, objective_of(recipe, teacher, machine), data, machine, args)
 
 
@@ -129,7 +136,7 @@ def recipe_of(checkpoint: Checkpoint | None, teacher: Checkpoint | None, data: D
         lr=args.lr,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
-        seed=args.seed,
+        seed=args.seed[0],
         amp=args.amp,
         compile=args.compile,
         model=checkpoint.spec["name"] if checkpoint else args.model,
@@ -201,7 +208,7 @@ def compare(results: list[Record], runs: list[Run], save_dir: Path, lr: float) -
     best_file = runs[best].folder / "best.pt"
     if not best_file.is_file():
         raise UserError(f"no run finished an epoch; try a smaller --lr than {lr:g}")
-    copy(best_file, save_dir / "best_model.pt")
+    publish(read(best_file), save_dir / "best_model.pt", runs[best], runs)
     row = results[best]
     which = f"d {row['d']:g}, w {row['w']:g}" if row["d"] else row["spec"]["name"]
     say(f"\nBest: {which} with {row['accuracy']:.2f}% -> {save_dir / 'best_model.pt'}")

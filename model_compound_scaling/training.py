@@ -13,7 +13,7 @@ from engine.images.datasets import DATASETS
 from engine.objective import Objective, Taught
 from engine.store.checkpoint import Content, network_content
 from engine.store.run_folder import Record
-from engine.training import Epoch, cosine, derived_seed, load_moments, train_epoch
+from engine.training import Epoch, Trained, cosine, derived_seed, load_moments, train_epoch
 from model import Spec
 
 
@@ -74,7 +74,7 @@ class Scratch:
     def begin(self, phase: Phase, best: Content | None) -> None:
         """There is one phase, and nothing to get ready."""
 
-    def train_epoch(self, phase: Phase, epoch: int) -> float:
+    def train_epoch(self, phase: Phase, epoch: int) -> Trained:
         self.lr = self.initial_lr * learning_rate_factor(self.data.name, epoch, phase.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -88,8 +88,8 @@ class Scratch:
     def line(self, phase: Phase, record: Record, best: Record) -> str:
         return (
             f"  epoch {record['epoch']:3d}/{phase.epochs}  lr {record['lr']:.4f}  "
-            f"train loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}  "
-            f"accuracy {record['accuracy']:5.2f}%  best {best['accuracy']:5.2f}%"
+            f"train {record['train_loss']:.3f} {record['train_accuracy']:5.2f}%  "
+            f"val {record['val_loss']:.3f} {record['accuracy']:5.2f}%  best {best['accuracy']:5.2f}%"
         )
 
     def best_network(self, record: Record) -> Content:

@@ -50,10 +50,12 @@ def _share_or_auto(text: str) -> float | str:
     return text if text == "auto" else positive_share(text)
 
 
-def _shard(text: str) -> tuple[int, int]:
-    """Parse `i/n`, with 1 <= i <= n."""
+def _shard(text: str) -> tuple[int, int] | None:
+    """Parse `i/n`, with 1 <= i <= n; None for `any`."""
+    if text == "any":
+        return None
     if not (match := re.fullmatch(r"(\d+)/(\d+)", text)) or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, or any")
     return int(match[1]), int(match[2])
 
 
@@ -133,8 +135,9 @@ def _add_sweep_arguments(parser: Parser) -> None:
         "--shard",
         type=_shard,
         default="1/1",
-        metavar="I/N",
-        help="run every N-th pair from the I-th on: N machines share a sweep, each table shows what all have finished",
+        metavar="I/N|any",
+        help="run every N-th pair from the I-th on, or any that no other process is at: machines share a sweep, each "
+        "table shows what all have finished",
     )
     switch(sweep, "do-prune", False, "prune instead; ternary layers stay fixed")
 

@@ -3,12 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 from engine.images.batches import Data
-from engine.program.report import say, short, table
-from engine.store.checkpoint import Content, expecting, read_network, save
+from engine.program.report import short, table
+from engine.store.checkpoint import Content, expecting, read_network
 from engine.store.files import write_text
-from engine.store.run_folder import Record, Run
+from engine.store.run_folder import Record, Run, publish
+from engine.store.run_list import differences, runs_in
 from model_quantization.plots import plot_layers, plot_sweep
 from rulers.tally import task_of
 
@@ -24,35 +26,78 @@ class Choice:
     threshold: float | None = None
 
 
-def compare(finished: list[tuple[Run, Record]], name: str, data: Data, choice: Choice) -> Path:
-    """Compare runs by their results; write the table, the plots and the best network beside them, under `name`.
+@dataclass(frozen=True)
+class Best:
+    """The best of some results: its place among them, its file, the plots, and by what it was selected."""
 
-    Returns the best network's file.
+    index: int
+    path: Path
+    pictures: list[Path]
+    rule: str
+
+
+def write(finished: list[tuple[Run, Record]], runs: list[Run], name: str, data: Data, choice: Choice) -> Best:
+    """Write the finished runs' results, the plots, and the best network, beside them, under `name`.
+
+    `runs` are all of this command's.
     """
-    runs, results = [run for run, _ in finished], [result for _, result in finished]
+    results = [result for _, result in finished]
     save_dir, task = runs[0].folder.parent, task_of(data.name)
     threshold = task.threshold_percent if choice.threshold is None else choice.threshold
-    best = select(results, choice.by, threshold)
-    say("\n" + table_of(results, best))
-    best_path = save_dir / "Ternary_best_acc.pt"
-    content = read_best(runs[best], results[best]["phase"])
-    save({key: value for key, value in content.items() if key != "layers"}, best_path)
+    best, rule = select(results, choice.by, threshold)
+    run, row = finished[best]
+    path = save_dir / "Ternary_best_acc.pt"
+    content = read_best(run, row["phase"])
+    publish({key: value for key, value in content.items() if key != "layers"}, path, run, runs)
     write_text(save_dir / f"{name}_sweep.json", json.dumps(results, indent=2) + "\n")
     is_own_task = task.is_solved_by(data.name, len(data.classes))
     held = threshold if is_own_task or choice.threshold is not None else None
     title = f"{name}, {data.name}"
     pictures = [
         plot_sweep(results, best, held, title, save_dir / f"{name}_sweep.png"),
-        plot_layers(content["assignments"], results[best], title, save_dir / f"{name}_layers.png"),
+        plot_layers(content["assignments"], row, title, save_dir / f"{name}_layers.png"),
     ]
-    say(f"\nPlots: {' '.join(map(str, pictures))}")
-    row = results[best]
-    rule = "accuracy" if choice.by == "accuracy" else f"score at {threshold:g}% or more"
-    say(
-        f"Best by {rule}: s {short(row['s'])}, g {row['g']:g}, {row['accuracy']:.2f}%, "
-        f"{row['zeros']:.2f}% zeros -> {best_path}"
-    )
-    return best_path
+    return Best(best, path, pictures, rule)
+
+
+def shown(finished: list[tuple[Run, Record]], runs: list[Run], best: Best) -> str:
+    """The table of the results, those of earlier commands with what differs, and which is best by what."""
+    results = [result for _, result in finished]
+    row = results[best.index]
+    lines = [table_of(results, best.index)]
+    if len({result["seed"] for result in results}) > 1:
+        lines += ["", means(results)]
+    if earlier := others(runs):
+        lines += ["", "Earlier pairs of this network on these images, and what differs from this command", earlier]
+    lines += [
+        "",
+        f"Plots: {' '.join(map(str, best.pictures))}",
+        f"Best by {best.rule}: s {short(row['s'])}, g {row['g']:g}, {row['accuracy']:.2f}%, "
+        f"{row['zeros']:.2f}% zeros -> {best.path}",
+    ]
+    return "\n".join(lines)
+
+
+def others(runs: list[Run]) -> str:
+    """A table of the finished runs beside `runs` that are of the same network and images; empty without any."""
+    own, names = runs[0].arguments, {run.folder.name for run in runs}
+    same = [
+        found
+        for found in runs_in(runs[0].folder.parent)
+        if found.result
+        and found.folder.name not in names
+        and all(found.arguments.get(key) == own.get(key) for key in ("sha256", "data", "dataset"))
+    ]
+    if not same:
+        return ""
+    of_pairs = {key: own.get(key) for key in ("s", "g")}  # they have columns of their own
+    rows = []
+    for found in same:
+        result, theirs = found.result or {}, found.arguments | of_pairs
+        values = [short(found.arguments["s"]), f"{found.arguments['g']:g}"]
+        values += [f"{result[key]:.2f}%" for key in ("accuracy", "zeros")]
+        rows.append([*values, f"{result['score']:.5f}", differences([theirs, own])[0]])
+    return table(["s", "g", "accuracy", "zeros", "score", "what differs"], rows)
 
 
 def read_best(run: Run, phase: str) -> Content:
@@ -69,25 +114,28 @@ def read_best(run: Run, phase: str) -> Content:
     return {"model": checkpoint.spec, "state_dict": checkpoint.state_dict, **checkpoint.extra}
 
 
-def select(results: list[Record], by: str, threshold: float) -> int:
-    """The index of the best result: the highest accuracy, or the smallest score that holds `threshold` percent.
+def select(results: list[Record], by: str, threshold: float) -> tuple[int, str]:
+    """The index of the best result, and by what: the highest accuracy, or the smallest score that holds `threshold` %.
 
     The score is that of 16-bit parameters, and so is the accuracy that must hold the threshold. Where none holds it,
     the highest accuracy is best by score too. Among equal accuracies the smallest score is best.
     """
+    rule = "accuracy"
     if by == "score":
         holding = [i for i, r in enumerate(results) if r["accuracy_16_bit"] >= threshold]
         if holding:
-            return min(holding, key=lambda i: results[i]["score"])
-        say(f"\nNo network holds {threshold:g}% with 16 bit: the highest accuracy counts")
-    return max(range(len(results)), key=lambda i: (results[i]["accuracy"], -results[i]["score"]))
+            return min(holding, key=lambda i: results[i]["score"]), f"score at {threshold:g}% or more"
+        rule = f"accuracy, as none holds {threshold:g}% with 16 bit"
+    return max(range(len(results)), key=lambda i: (results[i]["accuracy"], -results[i]["score"])), rule
 
 
 def table_of(results: list[Record], best: int) -> str:
     """The table of all finished pairs, the best one marked."""
+    seeds = ["seed"] * (len({r["seed"] for r in results}) > 1)
     headers = [
         "s",
         "g",
+        *seeds,
         "accuracy",
         "at 16 bit",
         "zeros",
@@ -103,6 +151,7 @@ def table_of(results: list[Record], best: int) -> str:
         [
             short(r["s"]),
             f"{r['g']:g}",
+            *(r[key] for key in seeds),
             f"{r['accuracy']:.2f}%",
             f"{r['accuracy_16_bit']:.2f}%",
             f"{r['zeros']:.2f}%",
@@ -117,3 +166,19 @@ def table_of(results: list[Record], best: int) -> str:
         for i, r in enumerate(results)
     ]
     return table(headers, rows)
+
+
+def means(results: list[Record]) -> str:
+    """A table of each pair's mean and standard deviation (of a sample) over its seeds."""
+    pairs: dict[tuple[object, float], list[Record]] = {}
+    for result in results:
+        pairs.setdefault((result["s"], result["g"]), []).append(result)
+    rows = []
+    for (s, g), of_seeds in pairs.items():
+        shown = []
+        for key, form, unit in (("accuracy", ".2f", "%"), ("zeros", ".2f", "%"), ("score", ".5f", "")):
+            values = [result[key] for result in of_seeds]
+            deviation = f"{stdev(values):{form}}" if len(values) > 1 else "-"
+            shown.append(f"{fmean(values):{form}}{unit} +- {deviation}")
+        rows.append([short(s), f"{g:g}", len(of_seeds), *shown])
+    return table(["s", "g", "seeds", "accuracy", "zeros", "score"], rows)

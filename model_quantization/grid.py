@@ -1,6 +1,7 @@
 """The grid over centroid and lambda multipliers: every pair a run of its own, from the same checkpoint."""
 
 import itertools
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,18 +18,19 @@ from engine.objective import objective_of, taught, teacher_checkpoint
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import wanted_spec
-from engine.program.processes import is_first
-from engine.program.report import say, short
+from engine.program.processes import is_first, world_size
+from engine.program.report import duration, say, short
 from engine.store.checkpoint import Checkpoint, as_built, find, read_network
-from engine.store.files import hold
+from engine.store.files import Held, hold
 from engine.store.run_folder import Record, Run, resume_from, shaping
+from engine.store.run_list import list_of
 from engine.training import derived_seed
 from model import row_of
 from model.own import is_own
 from model.selection import TERNARY, Patterns
 from model_quantization.arguments import ALL, FP_MODEL, FP_MODELS
 from model_quantization.choosing import choose, say_costs, show
-from model_quantization.comparison import Choice, compare, read_best
+from model_quantization.comparison import Choice, read_best, shown, write
 from model_quantization.plots import plot_ternarization
 from model_quantization.pretrained import published_weights
 from model_quantization.training import Quantization, Recipe
@@ -38,13 +40,16 @@ from rulers.tally import task_of
 
 def run(args: Namespace) -> int:
     """Run this shard's pairs of the grid; compare all finished ones; copy the best network."""
+    if args.list:
+        say(list_of(Path(args.save_dir)))
+        return 0
     if args.do_prune and args.bits:
         raise UserError("--bits: pruned layers keep their values; leave it or --do-prune out")
     checkpoint = full_precision(args)
     machine = choose_machine(args.cuda, args.amp, args.compile)
     data = load_data(request_of(checkpoint, args), machine.device)
     checkpoint = checkpoint.run_at(data.image_size)
-    checkpoint = checkpoint.with_classes(data.classes, data.name, args.data_path, derived_seed(args.seed, 0))
+    checkpoint = checkpoint.with_classes(data.classes, data.name, args.data_path, derived_seed(args.seed[0], 0))
     teacher = teacher_checkpoint(args.teacher, args.teacher_model, checkpoint, Path(FP_MODELS), data)
     recipes = recipes_of(checkpoint, teacher, data, args)
     layers = choose(checkpoint, data.image_size, recipes[0].patterns, args.do_prune)
@@ -68,35 +73,67 @@ def run(args: Namespace) -> int:
 def sweep(
     learner: Callable[[Recipe], Quantization], recipes: list[Recipe], data: Data, machine: Machine, args: Namespace
 ) -> int:
-    """Run this shard's pairs; compare all finished ones."""
+    """Run this shard's pairs; compare all finished ones, after every pair and in the end."""
     save_dir, name = Path(args.save_dir), Path(recipes[0].model_dict).stem
     runs = [Run(save_dir, f"{name}_s{short(recipe.s)}_g{recipe.g:g}", shaping(recipe)) for recipe in recipes]
     if args.resume:
         resume_from(Path(args.resume), runs)
-    shard, shards = args.shard
-    for recipe, pair in list(zip(recipes, runs, strict=True))[shard - 1 :: shards]:
-        say(f"\nPair s {short(recipe.s)}, g {recipe.g:g}  ({pair.folder})")
-        if (result := pair.result) and not args.no_resume:
-            say(f"  finished before with {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
-        else:
-            pair.open(resume=not args.no_resume)
-            result = run_pair(learner(recipe), pair)
-        if args.plot_ternarization and is_first():
-            say(f"  plot: {plot_ternarization(read_best(pair, result['phase']), pair, result)}")
-    if not is_first():
-        return 0
+    if not args.shard and world_size() > 1:
+        raise UserError("--shard any is for processes that know nothing of each other; leave it out under torchrun")
+    if not args.epochs + args.retrain_epochs:
+        say("Quantized without training (--epochs 0 --retrain-epochs 0)")
+    shard, shards = args.shard or (1, 1)
+    mine = list(zip(recipes, runs, strict=True))[shard - 1 :: shards]
+    began, trained = time.monotonic(), 0
+    for i, (recipe, pair) in enumerate(mine):
+        left = f", about {duration((time.monotonic() - began) / trained * (len(mine) - i))} left" if trained else ""
+        seed = f", seed {recipe.seed}" if len(set(args.seed)) > 1 else ""
+        say(f"\nPair {i + 1} of {len(mine)}{left}: s {short(recipe.s)}, g {recipe.g:g}{seed}  ({pair.folder})")
+        trained += run_if_due(learner, recipe, pair, args)
+        if is_first() and i + 1 < len(mine):
+            compare(runs, name, data, machine, args, last=False)
+    return finish(compare(runs, name, data, machine, args, last=True), args) if is_first() else 0
 
-    with hold(save_dir / f"{name}_sweep.lock", wait=True):  # so that no shard's table lacks what another finished
-        finished = [(pair, result) for pair in runs if (result := pair.result)]
+
+def compare(runs: list[Run], name: str, data: Data, machine: Machine, args: Namespace, last: bool) -> list[Record]:
+    """Write what is finished of `runs`, and after the `last` pair say it; all results."""
+    with hold(runs[0].folder.parent / f"{name}_sweep.lock", wait=True):  # so that no table lacks what another finished
+        finished = [(run, result) for run in runs if (result := run.result)]
         if finished:
-            best = compare(finished, name, data, Choice(args.select, args.threshold))
-            say_test(best, data, machine)
-        else:
-            say(f"\nShard {shard}/{shards} has no pair of this grid, and none is finished yet")
-    if finished and all(result.get("diverged") for _, result in finished):
+            best = write(finished, runs, name, data, Choice(args.select, args.threshold))
+        if finished and last:
+            say("\n" + shown(finished, runs, best))
+            say_test(best.path, data, machine)
+    return [result for _, result in finished]
+
+
+def finish(results: list[Record], args: Namespace) -> int:
+    """The last lines, and the exit code; UserError where every pair diverged."""
+    if not results:
+        say("\nThis shard has no pair of the grid, and none is finished yet")
+    elif all(result.get("diverged") for result in results):
         raise UserError(f"every pair diverged, see above; try a smaller --lr than {args.lr:g}")
     say_peak_memory()
     return 0
+
+
+def run_if_due(learner: Callable[[Recipe], Quantization], recipe: Recipe, pair: Run, args: Namespace) -> bool:
+    """Train a pair, unless it is finished or, with `--shard any`, another process is at it; whether it was trained."""
+    result, trained = pair.result, False
+    if result and not args.no_resume:
+        say(f"  finished before with {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
+    else:
+        try:
+            pair.open(resume=not args.no_resume)
+        except Held:
+            if args.shard:
+                raise
+            say("  another process is working on it")
+            return False
+        result, trained = run_pair(learner(recipe), pair), True
+    if args.plot_ternarization and is_first():
+        say(f"  plot: {plot_ternarization(read_best(pair, result['phase']), pair, result)}")
+    return trained
 
 
 def full_precision(args: Namespace) -> Checkpoint:
@@ -105,7 +142,7 @@ def full_precision(args: Namespace) -> Checkpoint:
     if args.pretrained:
         return read_network(published_weights(args.model), wanted)
     if is_own(args.model or "") and args.model_dict is None:
-        torch.manual_seed(derived_seed(args.seed, 0))
+        torch.manual_seed(derived_seed(args.seed[0], 0))
         return as_built(wanted)
     return read_network(find(FP_MODEL if args.model_dict is None else args.model_dict, Path(FP_MODELS)), wanted)
 
@@ -130,8 +167,8 @@ def request_of(checkpoint: Checkpoint, args: Namespace) -> ImageRequest:
 
 
 def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, args: Namespace) -> list[Recipe]:
-    """The recipe of every pair of the grid, in the order in which they run."""
-    grid = list(itertools.product(args.ini_c_divrs, args.lambda_max_divrs))
+    """The recipe of every pair of the grid, at each seed, in the order in which they run."""
+    grid = list(dict.fromkeys(itertools.product(args.ini_c_divrs, args.lambda_max_divrs)))
     s, g = grid[0]
     first = Recipe(
         model_dict=checkpoint.path.name,
@@ -150,7 +187,7 @@ def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, a
         weight_decay=args.weight_decay,
         lambda_sustain=args.lambda_sustain,
         do_prune=args.do_prune,
-        seed=args.seed,
+        seed=args.seed[0],
         amp=args.amp,
         compile=args.compile,
         layers=tuple(args.layers),
@@ -159,7 +196,7 @@ def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, a
         bits=tuple(sorted(args.bits, key=lambda one: one[0] != ALL)),
         **taught(args, teacher),
     )
-    return [replace(first, s=s, g=g) for s, g in grid]
+    return [replace(first, s=s, g=g, seed=seed) for s, g in grid for seed in dict.fromkeys(args.seed)]
 
 
 def run_pair(learner: Quantization, run: Run) -> Record:
@@ -167,9 +204,10 @@ def run_pair(learner: Quantization, run: Run) -> Record:
     recipe = learner.recipe
     try:
         best = fit(learner, recipe.phases, run)
+        best = {key: value for key, value in best.items() if key != "layers"}
     except Diverged as error:
         raise UserError(f"{error} before any training; take another --model-dict") from None
-    result = {"s": recipe.s, "g": recipe.g, **best, **scored(learner, run, best)}
+    result = {"s": recipe.s, "g": recipe.g, "seed": recipe.seed, **best, **scored(learner, run, best)}
     result |= {"seconds": run.seconds, "peak_memory": peak_memory()}
     run.finish(result)
     return result

@@ -17,49 +17,87 @@ from engine.store.run_folder import Record, Run
 
 POSITIVE, ZERO, NEGATIVE = "#c2553f", "#d9d9d9", "#3f6fa8"
 DARK, GREEN, GREY = "#333333", "#3f8f5f", "#8a8a8a"
+NAMED = 60  # layers whose names can be read
 
 
 def plot_ternarization(content: Content, run: Run, result: Record) -> Path:
-    """Draw accuracy and zeros over the epochs, and each layer's clusters, centroids and entropy at the best epoch.
+    """Draw a run over its epochs on the left, and its layers at the best epoch on the right.
 
     Args:
         content: the best epoch's checkpoint, with `assignments` and `centroids` by layer.
         run: which has the log of all epochs.
         result: of the run.
     """
-    assignments = content["assignments"].values()
-    shares = torch.tensor([[(a.sign() == sign).double().mean() for a in assignments] for sign in (-1, 0, 1)]).numpy()
-    w_p, w_n = (np.array(values) for values in zip(*(c.tolist() for c in content["centroids"].values()), strict=True))
-    layers = np.arange(shares.shape[1])
-    figure = Figure(figsize=(11, 12), layout="constrained")
-    axes = figure.subplots(4)
-
-    log = run.log
-    epochs = np.arange(len(log))
-    axes[0].plot(epochs, [r["accuracy"] for r in log], "o-", ms=3, color=DARK, label="accuracy")
-    axes[0].plot(epochs, [r["zeros"] for r in log], "s-", ms=3, color=GREEN, label="zeros")
-    frozen = next((i for i, r in enumerate(log) if r["phase"] == "retrain"), None)
-    if frozen is not None:
-        axes[0].axvline(frozen - 0.5, color=GREY, ls=":", label="assignment frozen from here")
-    axes[0].set(xlabel="epoch", ylabel="percent")
-    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
-
-    _stack(axes[1], shares, (NEGATIVE, ZERO, POSITIVE), ("below 0", "0", "above 0"))
-    axes[2].plot(layers, w_p, "^", ms=4, color=POSITIVE, label="$+w_p$")
-    axes[2].plot(layers, -w_n, "v", ms=4, color=NEGATIVE, label="$-w_n$")
-    axes[2].axhline(0, color=ZERO)
-    axes[2].set(ylabel="centroid", xlim=(-0.5, len(layers) - 0.5))
-    axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    most = max(int(a.max() - a.min()) + 1 for a in assignments)
-    axes[3].bar(layers, [entropy(a) for a in assignments], 1, color=GREY)
-    axes[3].set(ylabel="entropy (bit a weight)", ylim=(0, np.log2(max(most, 3))), xlim=(-0.5, len(layers) - 0.5))
-    axes[3].set(xlabel="layer, from the input on")
+    figure = Figure(figsize=(15, 11), layout="constrained")
+    axes = figure.subplots(4, 2)
+    _draw_epochs(axes[:, 0], run.log, result)
+    _draw_layers(axes[:, 1], content)
     figure.suptitle(
         f"{run.label}: {result['accuracy']:.2f}% accuracy at {result['zeros']:.2f}% zeros "
         f"({result['phase']} epoch {result['epoch']})"
     )
     return _save(figure, run.folder / "ternarization.png")
+
+
+def _draw_epochs(axes: np.ndarray, log: list[Record], result: Record) -> None:
+    """Accuracy, loss, zeros and centroids over the epochs, each on axes of its own."""
+    epochs = np.arange(len(log))
+    trained = [i for i in epochs if log[i]["train_loss"] is not None]
+    for place, key, what in ((axes[0], "accuracy", "accuracy (%)"), (axes[1], "loss", "loss (nats)")):
+        validated = "accuracy" if key == "accuracy" else "val_loss"
+        place.plot(epochs, [r[validated] for r in log], "o-", ms=3, color=DARK, label="validation")
+        place.plot(trained, [log[i][f"train_{key}"] for i in trained], "^:", ms=3, color=GREY, label="training")
+        place.set(ylabel=what)
+    names = list(log[0]["layers"])
+    shares = np.array([[r["layers"][n]["clusters"][1] / sum(r["layers"][n]["clusters"]) for n in names] for r in log])
+    picture = axes[2].imshow(100 * shares.T, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
+    axes[2].set(ylabel="layer, from the input on")
+    axes[2].figure.colorbar(picture, ax=axes[2], label="zeros (%)")
+    steps = np.array([[r["layers"][n]["centroids"] for n in names] for r in log])  # [epochs, layers, 2]
+    axes[3].plot(epochs, steps[..., 0], "-", lw=0.8, color=POSITIVE, label="$+w_p$")
+    axes[3].plot(epochs, -steps[..., 1], "--", lw=0.8, color=NEGATIVE, label="$-w_n$")
+    axes[3].set(ylabel="centroids of all layers", xlabel="epoch")
+    frozen = next((i for i, r in enumerate(log) if r["phase"] == "retrain"), None)
+    best = next(i for i, r in enumerate(log) if (r["phase"], r["epoch"]) == (result["phase"], result["epoch"]))
+    for place in axes:
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
+        place.set(xlim=(-0.5, len(log) - 0.5))
+        if place is not axes[2]:
+            place.axvline(best, color=GREEN, lw=4, alpha=0.3, label="best epoch")
+        if frozen is not None:
+            place.axvline(frozen - 0.5, color=GREY, ls=":", label="assignment frozen from here")
+    axes[0].legend(fontsize=8)
+    handles, labels = axes[3].get_legend_handles_labels()
+    kinds = dict(zip(labels, handles, strict=True))  # one entry a kind of line, however many layers
+    axes[3].legend([kinds["$+w_p$"], kinds["$-w_n$"]], ["$+w_p$", "$-w_n$"], fontsize=8)
+
+
+def _draw_layers(axes: np.ndarray, content: Content) -> None:
+    """Each layer's size, clusters, centroids and entropy."""
+    names, assignments = list(content["assignments"]), list(content["assignments"].values())
+    shares = torch.tensor([[(a.sign() == sign).double().mean() for a in assignments] for sign in (-1, 0, 1)]).numpy()
+    w_p, w_n = (np.array(values) for values in zip(*(c.tolist() for c in content["centroids"].values()), strict=True))
+    layers = np.arange(len(names))
+    axes[0].bar(layers, [a.numel() for a in assignments], 1, color=DARK)
+    axes[0].set(ylabel="weights", yscale="log")
+    _stack(axes[1], shares, (NEGATIVE, ZERO, POSITIVE), ("below 0", "0", "above 0"))
+    axes[2].plot(layers, w_p, "^", ms=4, color=POSITIVE, label="$+w_p$")
+    axes[2].plot(layers, -w_n, "v", ms=4, color=NEGATIVE, label="$-w_n$")
+    axes[2].axhline(0, color=ZERO)
+    axes[2].set(ylabel="centroid")
+    axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    bound = np.log2(max(3, *(int(a.max() - a.min()) + 1 for a in assignments)))
+    axes[3].bar(layers, [entropy(a) for a in assignments], 1, color=GREY)
+    axes[3].axhline(bound, color=DARK, ls=":", label=f"log2({2**bound:.0f})")
+    axes[3].set(ylabel="entropy (bit a weight)", ylim=(0, 1.1 * bound), xlabel="layer, from the input on")
+    axes[3].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    for place in axes:
+        place.set(xlim=(-0.5, len(layers) - 0.5))
+    if len(names) <= NAMED:
+        for place in axes:
+            place.set_xticks(layers, [""] * len(layers))
+        axes[3].set_xticks(layers, [name.removesuffix(".weight") for name in names], rotation=90, fontsize=7)
+        axes[3].set(xlabel="")
 
 
 def entropy(assignment: Tensor) -> float:

@@ -7,6 +7,7 @@ their gradients views into `gradient`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class QuantizedLayers:
         assignment: int8 `[R, ROW]`, the level of each weight, from -n to n.
         quantized: `[R, ROW]`, what the network computes with; of the parameters' dtype.
         gradient: `[R, ROW]`, the loss's gradient at `quantized`, accumulated by backward.
+        lam: float64 `[L]`, lambda of the last assignment.
         centroids: `[2, L]`, the steps w_p and w_n, which are the centroids of ternary layers; both positive.
         frozen: whether the assignment stays as it is.
         keep_zeros: whether weights that are zero, a pruned network's, stay zero.
@@ -79,6 +81,7 @@ class QuantizedLayers:
 
         self._is_ternary = self._per_row(self.levels == 1) == 1
         self._kept_extent: Extent | None = None
+        self.lam = torch.zeros_like(self.numel)
         steps = self._least_squares_steps() if s == AUTO else ec2t.initial_steps(self.extent(), float(s), self.levels)
         self.centroids = nn.Parameter(steps.float())
         self.centroids.grad = torch.zeros_like(self.centroids)
@@ -124,7 +127,7 @@ class QuantizedLayers:
                 self._rebuild(rows, plus, plus - self.assignment[rows], row_w_p, row_w_n)
         else:
             sizes = self._sizes(steps)
-            edges, _ = ec2t.thresholds(steps, sizes, extent, self.strength, self.levels)
+            edges, self.lam = ec2t.thresholds(steps, sizes, extent, self.strength, self.levels)
             for rows, plus, minus in self._assigned(edges):
                 self.assignment[rows] = plus - minus
                 self._rebuild(rows, plus, minus, row_w_p, row_w_n)
@@ -253,6 +256,15 @@ class QuantizedLayers:
     def entropy(self) -> float:
         """First-order entropy of the assignments, in bits a weight over all layers."""
         return ((ec2t.entropy(self.cluster_sizes(), self.numel) * self.numel).sum() / self.numel.sum()).item()
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Of each layer by its name: weights below zero, of zero and above, the steps w_p and w_n, and lambda."""
+        sizes, numel = self.cluster_sizes().sum(2).long().tolist(), self.numel.long().tolist()
+        columns = zip(self.names, *sizes, numel, *self.centroids.tolist(), self.lam.tolist(), strict=True)
+        return {
+            name: {"clusters": [n, all_ - n - p, p], "centroids": [w_p, w_n], "lambda": lam}
+            for name, p, n, all_, w_p, w_n, lam in columns
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of everything that training changes."""

@@ -12,7 +12,7 @@ from engine.images.batches import Data
 from engine.objective import Objective, Taught
 from engine.store.checkpoint import Checkpoint, Content, network_content
 from engine.store.run_folder import Record
-from engine.training import Epoch, cosine, derived_seed, train_epoch
+from engine.training import Epoch, Trained, cosine, derived_seed, train_epoch
 from model.selection import Patterns
 from model_quantization.choosing import Layers
 from model_quantization.optimizer import EC2TOptimizer
@@ -100,28 +100,31 @@ class Quantization:
         recipe = self.recipe
         self.optimizer = EC2TOptimizer(self.layers, self.others, recipe.lr, recipe.lr2, recipe.weight_decay)
 
-    def train_epoch(self, phase: Phase, epoch: int) -> float:
+    def train_epoch(self, phase: Phase, epoch: int) -> Trained:
         if self.recipe.schedule == "cosine":
             self.optimizer.scale_learning_rates(cosine(epoch, phase.epochs))
         seed = derived_seed(self.recipe.seed, 2 if phase.name == RETRAIN else 1, epoch)
         epoch_of_run = Epoch(seed, f"{phase.name} {epoch + 1}/{phase.epochs}")
         return train_epoch(self.runner, self.optimizer, self.data, self.machine, epoch_of_run, self.objective)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Record:
         validation = evaluate(self.network, self.data, self.machine.in_32_bit())
         return {
             "val_loss": validation.loss,
             "accuracy": validation.accuracy,
             "zeros": zeros_percent(self.network),
             "entropy": self.layers.entropy(),
+            "layers": self.layers.facts(),
         }
 
     def line(self, phase: Phase, record: Record, best: Record) -> str:
-        loss = "   -  " if record["train_loss"] is None else f"{record['train_loss']:.4f}"
+        trained = f"{'-':>12}"
+        if record["train_loss"] is not None:
+            trained = f"{record['train_loss']:.3f} {record['train_accuracy']:5.2f}%"
         return (
-            f"  {phase.name:<9} {record['epoch']:3d}  train loss {loss}  val loss {record['val_loss']:.4f}  "
-            f"accuracy {record['accuracy']:6.2f}%  zeros {record['zeros']:5.2f}%  "
-            f"entropy {record['entropy']:.3f} bit  best {best['accuracy']:6.2f}%"
+            f"  {phase.name:<9} {record['epoch']:3d}  train {trained}  val {record['val_loss']:.3f} "
+            f"{record['accuracy']:5.2f}%  best {best['accuracy']:5.2f}%  "
+            f"zeros {zeros_of_layers(record['layers']):.1f}/{record['zeros']:.1f}%  {record['entropy']:.3f} bit"
         )
 
     def best_network(self, record: Record) -> Content:
@@ -150,3 +153,9 @@ def zeros_percent(network: nn.Module) -> float:
     parameters = list(network.parameters())
     zeros = torch.stack([(p == 0).sum() for p in parameters]).sum().item()
     return 100 * zeros / sum(p.numel() for p in parameters)
+
+
+def zeros_of_layers(layers: Record) -> float:
+    """Share of the quantized layers' weights that are zero, in percent, from `QuantizedLayers.facts`."""
+    clusters = [facts["clusters"] for facts in layers.values()]
+    return 100 * sum(zero for _, zero, _ in clusters) / sum(map(sum, clusters))

@@ -177,5 +177,12 @@ def add_run_arguments(parser: Parser, save_dir: str) -> argparse._ArgumentGroup:
         "continued without this flag)",
     )
     resume.add_argument("--no-resume", action="store_true", help="start afresh, also where an earlier run could go on")
-    group.add_argument("--seed", type=nonnegative_int, default=0, help="of all random draws")
+    group.add_argument(
+        "--seed",
+        type=nonnegative_int,
+        nargs="+",
+        default=[0],
+        help="of all random draws; with several, everything is trained at each, and the table has means and deviations",
+    )
+    group.add_argument("--list", action="store_true", help="list the runs in SAVE_DIR, and what differs, and stop")
     return group

@@ -202,11 +202,6 @@ def without_weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key not in PRETRAINED}
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint as safely as `save` writes one."""
-    save(read(source), target)
-
-
 def find(name: str, folder: Path) -> Path:
     """Return the file `name`, a path or a bare name in `folder`; UserError lists the folder if there is none."""
     for path in (folder / name, Path(name)):

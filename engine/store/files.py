@@ -77,10 +77,14 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+class Held(UserError):
+    """Another process holds a lock."""
+
+
 def hold(path: Path, wait: bool = False) -> TextIO:
     """Lock the file `path`; the lock is released when the returned file is closed or the process ends, even by SIGKILL.
 
-    Where another process holds it: wait for that, or a UserError that names it. The lock is a POSIX record lock:
+    Where another process holds it: wait for that, or raise Held, which names it. The lock is a POSIX record lock:
     worker processes do not inherit it, and on network file systems it holds between hosts. A file system without
     locks locks nothing.
     """
@@ -98,7 +102,7 @@ def hold(path: Path, wait: bool = False) -> TextIO:
             file.seek(0)
             holder = file.read(200).strip() or "another process"
         message = f"{path.parent}: {holder} is working on this run; wait for its end, or pass another --save-dir"
-        raise UserError(message) from None
+        raise Held(message) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

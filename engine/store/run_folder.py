@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from engine import distributed
 from engine.program import processes
 from engine.program.errors import UserError
+from engine.program.report import say
 from engine.store.checkpoint import Content, read, save
 from engine.store.files import hold, write_text, write_whole
 
@@ -76,7 +77,7 @@ class Run:
     def open(self, resume: bool) -> None:
         """Make the folder and lock it; with `resume`, read the state that the last whole epoch left there.
 
-        UserError where another process is working on this run.
+        Held, a UserError, where another process is working on this run.
         """
         self._hold()
         write_text(self.folder / "arguments.json", json.dumps(self.arguments, indent=2) + "\n")
@@ -153,6 +154,19 @@ def _read_state(path: Path) -> Content:
     if not all(isinstance(content.get(key), kind) and content[key] for key, kind in kinds.items()):
         raise UserError(f"{path}: holds no run's state; pass the last.pt in a run's folder")
     return content
+
+
+def publish(content: Content, path: Path, run: Run, runs: list[Run]) -> None:
+    """Write the best network, that of `run`, to `path`; a line says what it replaces, unless that is one of `runs`."""
+    if path.is_file():
+        try:
+            before = read(path)
+        except UserError:
+            before = {}
+        if before.get("run") not in {each.folder.name for each in runs}:
+            which = f"{before['accuracy']:.2f}%, " if isinstance(before.get("accuracy"), float) else ""
+            say(f"REPLACED: {path} held another command's network ({which}{before.get('run', 'of unknown origin')})")
+    save(content | {"run": run.folder.name}, path)
 
 
 def resume_from(path: Path, runs: list[Run]) -> None:

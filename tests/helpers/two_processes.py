@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
     data = ImagesInMemory("folder", [], labelled, labelled, Augmentation(flip=True), BATCH, BATCH)
     evaluation = evaluate(network, data, machine)
     result["evaluation"] = (evaluation.loss, evaluation.correct, evaluation.images)
-    result["epoch_loss"] = train_epoch(runner, optimizer, data, machine, Epoch(2, ""), Objective())
+    result["epoch_loss"] = train_epoch(runner, optimizer, data, machine, Epoch(2, ""), Objective()).loss
     result["trained"] = network.state_dict()
     torch.save(result, folder / f"process_{processes.rank()}_of_{processes.world_size()}.pt")
 

@@ -241,8 +241,8 @@ BAD_COMMANDS = [
     (SCORING + "--json {0}/notes.pt/x.json", "{0}/notes.pt/x.json: can't be written (File exists)"),
     (SCORING + "--pack {0}/notes.pt/x.safetensors", "{0}/notes.pt/x.safetensors: can't be written (File exists)"),
     (SCORING + "--unpack {0}/pets", "{0}/pets is a folder; pass the name of a file to write"),
+    (SCORING + "--onnx {0}/pets", "{0}/pets is a folder; pass the name of a file to write"),
     (SCORING + "--t-model {0}/notes.safetensors", "{0}/notes.safetensors: is not a PyTorch checkpoint"),
-    (SCORING + "--t-model {0}/efficientnet.pt --image-size 8", "too small for this network"),
     (SCORING + "--eval --dataset folder --data-path {0}/nowhere", "{0}/nowhere: no such folder for --dataset folder"),
 ]
 

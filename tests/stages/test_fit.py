@@ -12,6 +12,7 @@ from engine.program.errors import UserError
 from engine.store import files
 from engine.store.checkpoint import read
 from engine.store.run_folder import Run
+from engine.training import Trained
 
 PHASES = [Phase("first", 3, evaluate_first=True), Phase("second", 2)]
 ACCURACIES = [50.0, 60.0, 70.0, 65.0, 64.0, 72.0]  # before training, of three epochs, and of two more
@@ -33,7 +34,7 @@ class Numbers:
         self.began.append((phase.name, best and int(best["seen"])))
 
     def train_epoch(self, phase, epoch):
-        return 1.0
+        return Trained(1.0, 50.0)
 
     def evaluate(self):
         accuracy = self.accuracies[self.seen]
@@ -75,6 +76,7 @@ def test_phases_begin_with_the_best_network_of_the_one_before(tmp_path, capsys):
         "lr": 0.25,
         "amp": "off",
         "train_loss": 1.0,
+        "train_accuracy": 50.0,
         "val_loss": 1.0,
         "accuracy": 72.0,
     }
@@ -86,7 +88,7 @@ def test_phases_begin_with_the_best_network_of_the_one_before(tmp_path, capsys):
         *(("second", epoch) for epoch in (1, 2)),
     ]
     assert [r["train_loss"] for r in run.log] == [None, *[1.0] * 5]
-    assert capsys.readouterr().out.splitlines()[-1] == "second 2: 72.0, best 72.0"
+    assert capsys.readouterr().out.splitlines()[-1] == "second 2: 72.0, best 72.0  0 s"
 
 
 def test_a_run_of_one_phase_without_a_name(tmp_path):
