@@ -104,6 +104,14 @@ def _add_scoring_arguments(parser: Parser) -> None:
         help="width of the inputs of additions (default: 16 on the published ruler, as in 2019; 32 on the others)",
     )
     scoring.add_argument(
+        "--act-bits",
+        type=int,
+        choices=range(2, 17),
+        metavar="BITS",
+        help="width of activations, 2 to 16: --eval rounds them to as many, on ranges that its first batch decides; "
+        "challenge and improved count multiplications at it, unless their weights have more bits",
+    )
+    scoring.add_argument(
         "--prune-threshold",
         type=positive_share,
         default=1.0,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 import rulers
+from engine.activations import QuantizedActivations
 from engine.device import choose_machine
 from engine.evaluation import Evaluation, as_stored, evaluate
 from engine.images.batches import ImageRequest, load_data
@@ -42,6 +43,7 @@ class Recipe:
         half_precision: whether a stored value has 16 bit, else 32.
         mul_bits: width of the inputs of multiplications.
         add_bits: width of the inputs of additions; None for each ruler's own.
+        act_bits: width of activations, which are quantized in evaluation; None for 32-bit ones that count as stated.
         prune_threshold: as `prune_depthwise` has it.
         image_size: side of the images that are counted and evaluated, pixels.
         wanted: the network; its shapes are counted instead of images.
@@ -51,13 +53,14 @@ class Recipe:
     half_precision: bool
     mul_bits: int
     add_bits: int | None
+    act_bits: int | None
     prune_threshold: float
     image_size: int
     wanted: Wanted
 
     def in_32_bit(self) -> "Recipe":
         """The same for a full-precision network."""
-        return replace(self, half_precision=False, mul_bits=32, add_bits=32)
+        return replace(self, half_precision=False, mul_bits=32, add_bits=32, act_bits=None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def run(args: Namespace) -> int:
         args.halfprecision,
         args.mul_bits,
         args.add_bits,
+        args.act_bits,
         args.prune_threshold,
         args.image_size or checkpoint.image_size or row_of(checkpoint.spec["name"]).image_size,
         wanted,
@@ -172,7 +176,8 @@ def count_all(loaded: Loaded, recipe: Recipe) -> dict[str, Tally]:
     name, value = checkpoint.spec["name"], 16 if recipe.half_precision else 32
     with running(recipe.wanted, recipe.image_size):
         shapes = recipe.wanted.shapes or recipe.image_size
-        tallies = rulers.count(network, shapes, name, value, recipe.mul_bits, recipe.add_bits)
+        widths = {"value": value, "mul": recipe.mul_bits, "add": recipe.add_bits, "act": recipe.act_bits}
+        tallies = rulers.count(network, shapes, name, **widths)
     if recipe.ruler not in tallies:
         known = ", ".join(RULERS[recipe.ruler].models)
         raise UserError(f"the {recipe.ruler} ruler has no form for {name}, only for {known}; take another --accounting")
@@ -181,6 +186,8 @@ def count_all(loaded: Loaded, recipe: Recipe) -> dict[str, Tally]:
 
 def evaluate_network(loaded: Loaded, recipe: Recipe, images: Images, onnx: str | None = None) -> Evaluation:
     """Evaluate a network with the values that packing keeps of it; the arithmetic is of 32 bit always.
+
+    With `act_bits`, what is multiplied is rounded to as many before.
 
     The file `onnx` of it is evaluated too, where ONNX Runtime is installed, and a line says how often it is right.
     """
@@ -200,7 +207,8 @@ def evaluate_network(loaded: Loaded, recipe: Recipe, images: Images, onnx: str |
     if onnx and find_spec("onnxruntime"):
         file = evaluate(OnnxNetwork(Path(onnx).read_bytes()), data, machine)
         say(f"{onnx}: {file.accuracy:.2f}% ({file.correct:,} of {file.images:,} right) in ONNX Runtime")
-    return evaluate(machine.place(as_stored(network, recipe.half_precision)), data, machine)
+    stored = machine.place(as_stored(network, recipe.half_precision))
+    return evaluate(QuantizedActivations(stored, recipe.act_bits) if recipe.act_bits else stored, data, machine)
 
 
 def as_dict_of(evaluation: Evaluation | None) -> dict[str, Any] | None:

@@ -37,7 +37,7 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
     rows = [
         [
             name,
-            f"{tally.widths.value}/{tally.widths.mul}/{tally.widths.add}",
+            f"{tally.widths.value}/{tally.widths.act or tally.widths.mul}/{tally.widths.add}",
             f"{tally.params:,}",
             f"{tally.zeros_percent:.2f}%",
             f"{tally.total_scoring_params:,.0f}",
@@ -60,10 +60,10 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
         if own_task:
             holds = evaluation.correct * task.images >= task.correct * evaluation.images
             verdict = ", which holds the threshold" if holds else ", which misses the threshold"
-        value = next(iter(tallies.values())).widths.value
+        value, act = next(iter(tallies.values())).widths.value, tallies["challenge"].widths.act
         lines.append(
             f"Accuracy   {evaluation.accuracy:.2f}% ({evaluation.correct:,} of {evaluation.images:,} right{verdict}; "
-            f"parameters rounded to {value} bit)"
+            f"parameters rounded to {value} bit{f', activations to {act}' if act else ''})"
         )
     if by_analogy := _by_analogy(tallies):
         lines.append(f"By analogy {by_analogy}")

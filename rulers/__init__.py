@@ -41,9 +41,9 @@ class Ruler:
         """The built-in networks that it knows."""
         return [name for name in ROWS if self.knows(name)]
 
-    def widths(self, value: int = 16, mul: int = 16, add: int | None = None) -> Widths:
+    def widths(self, value: int = 16, mul: int = 16, add: int | None = None, act: int | None = None) -> Widths:
         """Bit widths with the ruler's own width of additions unless `add` is stated."""
-        return Widths(value, mul, add or self.add_bits)
+        return Widths(value, mul, add or self.add_bits, None if self.families else act)
 
     def count(self, network: nn.Module, model_name: str, shapes: Any, widths: Widths) -> Tally:
         """Count `network`, built as `model_name`, for one input of `shapes`, as `count` has it.
@@ -55,9 +55,7 @@ class Ruler:
         return _count(network, model_name, shapes, {self.name: widths})[self.name]
 
 
-def count(
-    network: nn.Module, shapes: Any, model_name: str = "", value: int = 16, mul: int = 16, add: int | None = None
-) -> dict[str, Tally]:
+def count(network: nn.Module, shapes: Any, model_name: str = "", **widths: Any) -> dict[str, Tally]:
     """Count a network on every ruler that knows it; it is run once, and is afterwards what it was.
 
     Args:
@@ -65,8 +63,8 @@ def count(
         shapes: of its input, without the batch, such as (3, 224, 224); or the side of an RGB image in pixels; or, for
             a forward with several arguments, a list of shapes or of example tensors (with a batch of 1).
         model_name: of a built-in network, which the `published` ruler may know.
-        value, mul, add: widths of stored values, and of the inputs of multiplications and additions, bits; without
-            `add`, each ruler's own.
+        widths: `value`, `mul` and `add`, of stored values and the inputs of multiplications and additions, bits, 16
+            unless stated (`add`: each ruler's own), and `act` as `tally.Widths` has it.
 
     Returns the tally of each ruler, by its name. What has no rule stands in `Tally.uncounted`: the totals lack it.
     Errors of the network's own code pass through; ValueError where its weights have no values.
@@ -84,12 +82,12 @@ def count(
     >>> tally.total_mflop, tally.uncounted  # multiplications of 16 bit are half operations
     (0.302516, [])
     """
-    widths = {
-        ruler.name: ruler.widths(value, mul, add)
+    of_rulers = {
+        ruler.name: ruler.widths(**widths)
         for ruler in RULERS.values()
         if ruler.families is None or (model_name and ruler.knows(model_name) and _side(shapes))
     }
-    return _count(network, model_name, shapes, widths)
+    return _count(network, model_name, shapes, of_rulers)
 
 
 def _count(network: nn.Module, model_name: str, shapes: Any, widths: dict[str, Widths]) -> dict[str, Tally]:

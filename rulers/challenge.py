@@ -42,6 +42,7 @@ from torch import nn
 
 from rulers.folding import Folding, fold
 from rulers.graph import initialized, trace
+from rulers.layers import Layer
 from rulers.rules import GROUPS, RULES, Rule
 from rulers.storage import challenge_formats
 from rulers.stored import FormatsOf, Inventory, Share, shares, take_stock
@@ -98,6 +99,7 @@ def measure(graph: Graph, widths: Widths, ruler: str, rules: Mapping[str, Rule],
         if rule is not None and operations is not None and rule.group:
             line.mults, line.adds = operations.mults, operations.adds
             line.tree_adds, line.tree_bits = operations.tree_adds, operations.tree_bits
+            line.mult_bits = line.mults * _width(graph.folding.layers.get(node), widths)
             _add(lines[rule.group], line)
             if not rule.named or (node.operation == "bmm" and node not in graph.folding.layers):
                 mflop = tally.line_mflop(line)
@@ -107,6 +109,14 @@ def measure(graph: Graph, widths: Widths, ruler: str, rules: Mapping[str, Rule],
     tally.groups = [Group(group, list(lines[group].values())) for group in GROUPS if lines[group]]
     tally.uncounted = list(uncounted.values())
     return tally
+
+
+def _width(layer: Layer | None, widths: Widths) -> int:
+    """Of an operation's multiplications, bits: a layer's weights may have more than activations."""
+    if widths.act is None:
+        return widths.mul
+    weights = 0 if layer is None else layer.code.symbol if layer.code else widths.mul
+    return max(widths.act, weights)
 
 
 def _line(node: Node, folding: Folding, share: Share) -> Line:
@@ -119,5 +129,5 @@ def _line(node: Node, folding: Folding, share: Share) -> Line:
 def _add(lines: dict[str, Line], line: Line) -> None:
     """Add `line` to those of a group: operations of one name share a line."""
     total = lines.setdefault(line.name, Line(line.name, note=line.note))
-    for amount in ("bits", "mults", "adds", "numel", "nonzero", "tree_adds", "tree_bits"):
+    for amount in ("bits", "mults", "adds", "numel", "nonzero", "tree_adds", "tree_bits", "mult_bits"):
         setattr(total, amount, getattr(total, amount) + getattr(line, amount))

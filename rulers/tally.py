@@ -7,11 +7,16 @@ MILLION = 1e6
 
 @dataclass(frozen=True)
 class Widths:
-    """Bit widths that a score assumes: stored values, inputs of multiplications, inputs of additions."""
+    """Bit widths that a score assumes: stored values, inputs of multiplications, inputs of additions.
+
+    `act` is the width of activations where that is stated: multiplications count at it then, but for those with
+    weights that have more bits. The `published` ruler knows of no such thing.
+    """
 
     value: int = 16
     mul: int = 16
     add: int = 16
+    act: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Line:
     """One layer: its stored bits, its multiplications and additions, its weights and how many are not zero.
 
     `tree_adds` of the additions run in adder trees, whose levels differ in width: `tree_bits` is the sum of
-    their widths.
+    their widths. `mult_bits` is the sum of the multiplications' widths where these are not all the stated one.
     """
 
     name: str
@@ -67,6 +72,7 @@ class Line:
     note: str = ""
     tree_adds: float = 0.0
     tree_bits: float = 0.0
+    mult_bits: float = 0.0
 
 
 @dataclass
@@ -114,7 +120,8 @@ class Tally:
     def line_mflop(self, line: Line) -> float:
         """Millions of operations on 32 bit inputs that a line's operations count as."""
         add_bits = (line.adds - line.tree_adds) * self.widths.add + line.tree_bits
-        return (line.mults * self.widths.mul + add_bits) / 32 / MILLION
+        mult_bits = line.mults * self.widths.mul if self.widths.act is None else line.mult_bits
+        return (mult_bits + add_bits) / 32 / MILLION
 
     def mflop(self, group: Group) -> float:
         """Millions of operations on 32 bit inputs that the group's operations count as."""
