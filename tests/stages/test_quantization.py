@@ -58,7 +58,7 @@ def in_32_bit(resnet, tmp_path_factory) -> float:
     ("amp", "capability", "used"),
     [
         ("auto", "avx2", "off"),
-        ("auto", "avx512_bf16", "bf16"),
+        ("auto", "amx_bf16", "bf16"),
         pytest.param("bf16", "avx2", "bf16", marks=pytest.mark.robustness),
         pytest.param("fp16", "avx2", "fp16", marks=pytest.mark.robustness),
     ],
