@@ -93,6 +93,14 @@ def is_quantized(tensor: Tensor) -> bool:
     return levels is not None and (levels.steps is not None or is_codebook(levels.values.size, tensor.numel()))
 
 
+def bits_of_grid(tensor: Tensor) -> int:
+    """The bits, 2 to 8, of a grid that holds a tensor's values, neither all equal nor on one side; 0 if none does."""
+    levels = levels_of(numbers(tensor.cpu()))
+    if levels is None or levels.steps is None or not levels.steps.all():
+        return 0
+    return (levels.values.size // 2).bit_length() + 1
+
+
 def is_codebook(levels: int, numel: int) -> bool:
     """Whether `levels` distinct values among `numel` are few enough to have been chosen."""
     return levels <= MOST_LEVELS and 8 * levels <= numel

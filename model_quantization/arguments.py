@@ -191,5 +191,11 @@ def _add_training_arguments(parser: Parser) -> None:
     training.add_argument(
         "--weight-decay", type=nonnegative_float, default=5e-6, help="L2 penalty of the parameters that stay dense"
     )
+    training.add_argument(
+        "--retrain-only",
+        action="store_true",
+        help="retrain the quantized layers of the checkpoint with their assignment frozen from the start; --epochs and "
+        "the sweep's pairs do not count",
+    )
     switch(training, "eval", False, "evaluate the full-precision network first")
     add_objective_arguments(parser, FP_MODELS)

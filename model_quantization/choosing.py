@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from engine.images.batches import Data
 from engine.program.errors import UserError
 from engine.program.report import duration, say, table, with_unit
 from engine.store.checkpoint import Checkpoint
+from model.levels import bits_of_grid
 from model.own import is_own, run_once
 from model.selection import NoSuchLayer, Patterns, chosen, is_ternary, pruning_candidates, ternary_candidates
 
@@ -27,14 +28,19 @@ class Layers:
     fixed: list[str]
 
 
-def choose(checkpoint: Checkpoint, image_size: int, patterns: Patterns, prune: bool) -> Layers:
-    """The layers of a checkpoint's network that are quantized, or pruned; UserError where there are none.
+def choose(checkpoint: Checkpoint, image_size: int, patterns: Patterns, kind: str = "quantize") -> Layers:
+    """The layers of a checkpoint's network that are treated; UserError where there are none.
 
-    `image_size` is that of an RGB image on which a network of the user's own is run, pixels.
+    `image_size` is that of an RGB image on which a network of the user's own is run, pixels. `kind` is "quantize",
+    "prune", or "retrain": layers that are on a grid already, and as many bits as that needs.
     """
+    prune = kind == "prune"
     network, name = checkpoint.network(), checkpoint.spec["name"]
     ran = run_once(network, image_size).layers if is_own(name) else []
     candidates = ternary_candidates(network, name, ran)
+    if kind == "retrain":
+        widths = {name: width for name, p in network.named_parameters() if p.ndim > 1 and (width := bits_of_grid(p))}
+        candidates, patterns = list(widths), replace(patterns, bits=(*widths.items(), *patterns.bits))
     try:
         bits = chosen(network, pruning_candidates(network, name, ran) if prune else candidates, patterns)
     except NoSuchLayer as error:
@@ -43,6 +49,8 @@ def choose(checkpoint: Checkpoint, image_size: int, patterns: Patterns, prune: b
     if prune:
         bits = {name: 2 for name in bits if not is_ternary(weights[name])}
         fixed = [name for name in candidates if name not in bits and is_ternary(weights[name])]
+    if not bits and kind == "retrain":
+        raise UserError(f"{checkpoint.path}: holds no quantized layer to retrain; leave --retrain-only out")
     if not bits and prune:
         raise UserError(f"{checkpoint.path}: all layers that --do-prune prunes are ternary; leave it out")
     if not bits:

@@ -33,6 +33,7 @@ from model_quantization.choosing import choose, say_costs, show
 from model_quantization.comparison import Choice, read_best, shown, write
 from model_quantization.plots import plot_ternarization
 from model_quantization.pretrained import published_weights
+from model_quantization.quantized_layers import AUTO
 from model_quantization.training import Quantization, Recipe
 from rulers import RULERS
 from rulers.tally import task_of
@@ -43,8 +44,8 @@ def run(args: Namespace) -> int:
     if args.list:
         say(list_of(Path(args.save_dir)))
         return 0
-    if args.do_prune and args.bits:
-        raise UserError("--bits: pruned layers keep their values; leave it or --do-prune out")
+    if args.do_prune and (args.bits or args.retrain_only):
+        raise UserError("--do-prune: pruned layers keep their values; leave it out, or --bits and --retrain-only")
     checkpoint = full_precision(args)
     machine = choose_machine(args.cuda, args.amp, args.compile)
     data = load_data(request_of(checkpoint, args), machine.device)
@@ -52,7 +53,8 @@ def run(args: Namespace) -> int:
     checkpoint = checkpoint.with_classes(data.classes, data.name, args.data_path, derived_seed(args.seed[0], 0))
     teacher = teacher_checkpoint(args.teacher, args.teacher_model, checkpoint, Path(FP_MODELS), data)
     recipes = recipes_of(checkpoint, teacher, data, args)
-    layers = choose(checkpoint, data.image_size, recipes[0].patterns, args.do_prune)
+    kind = "prune" if args.do_prune else "retrain" if args.retrain_only else "quantize"
+    layers = choose(checkpoint, data.image_size, recipes[0].patterns, kind)
     not_as_published = is_own(checkpoint.spec["name"]) or recipes[0].patterns != Patterns()
     show(checkpoint, layers, "Pruned" if args.do_prune else "Quantized", args.dry_run or not_as_published)
     if args.dry_run:
@@ -169,6 +171,8 @@ def request_of(checkpoint: Checkpoint, args: Namespace) -> ImageRequest:
 def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, args: Namespace) -> list[Recipe]:
     """The recipe of every pair of the grid, at each seed, in the order in which they run."""
     grid = list(dict.fromkeys(itertools.product(args.ini_c_divrs, args.lambda_max_divrs)))
+    if args.retrain_only:
+        grid = [(AUTO, 0.0)]  # which are the checkpoint's own centroids and assignment
     s, g = grid[0]
     first = Recipe(
         model_dict=checkpoint.path.name,
@@ -193,6 +197,7 @@ def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, a
         layers=tuple(args.layers),
         without=tuple(args.without),
         keep_zeros=args.keep_zeros,
+        retrain_only=args.retrain_only,
         bits=tuple(sorted(args.bits, key=lambda one: one[0] != ALL)),
         **taught(args, teacher),
     )

@@ -21,6 +21,8 @@ class EC2TOptimizer:
         weight_decay: of the other parameters.
     """
 
+    _step_supports_amp_scaling = True  # a gradient scaler need not wait to know whether gradients overflow
+
     def __init__(self, layers: QuantizedLayers, others: list[nn.Parameter], lr: float, lr2: float, weight_decay: float):
         self.layers, self.others = layers, others
         groups = [{"params": others, "weight_decay": weight_decay}]
@@ -49,9 +51,14 @@ class EC2TOptimizer:
         self.layers.gradient.zero_()
 
     def step(self) -> None:
+        """One step; a gradient scaler's factor passes to Adam, which skips the step where gradients overflow."""
         self.layers.collect_gradients()
         self.layers.scale_gradients()
+        scaling = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
+        vars(self.adam).update(scaling)
         self.adam.step()
+        for name in scaling:
+            delattr(self.adam, name)
         self.layers.assign()
 
     def state_dict(self) -> Content:

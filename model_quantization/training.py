@@ -53,6 +53,7 @@ class Recipe(Taught):
     without: tuple[str, ...] = ()
     bits: tuple[tuple[str, int], ...] = ()
     keep_zeros: bool = False
+    retrain_only: bool = False
 
     @property
     def patterns(self) -> Patterns:
@@ -60,6 +61,8 @@ class Recipe(Taught):
 
     @property
     def phases(self) -> list[Phase]:
+        if self.retrain_only:
+            return [Phase(RETRAIN, self.retrain_epochs, evaluate_first=True)]
         first = Phase("prune" if self.do_prune else "ternarize", self.epochs, evaluate_first=True)
         return [first, Phase(RETRAIN, self.retrain_epochs)]
 

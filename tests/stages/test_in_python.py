@@ -184,3 +184,21 @@ def test_the_example_runs(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "the packed file is right on the same" in run.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"digits.safetensors", "training.png", "weights.png"}
+
+
+def test_a_scaler_of_gradients_changes_nothing_and_skips_what_overflows():
+    plain, quantizer = quantized(s=0.3)
+    train(plain, quantizer.optimizer(lr=1e-2), 3)
+    other, quantizer = quantized(s=0.3)
+    optimizer, scaler = quantizer.optimizer(lr=1e-2), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    images, labels = batch()
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(other(images), labels)).backward()
+        if step == 1:
+            other.head.bias.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    for name in ("inner.weight", "last.weight", "head.weight"):
+        assert torch.allclose(other.get_parameter(name), plain.get_parameter(name), atol=1e-6)

@@ -317,3 +317,25 @@ def start_holder(lock: Path) -> subprocess.Popen:
     )
     assert process.stdout and process.stdout.readline() == b"1\n"
     return process
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_retraining_on_its_own_keeps_every_level(resnet, tmp_path, bits):
+    """From any checkpoint with quantized layers: those are found, and only centroids and dense parameters learn."""
+    quantize(resnet, tmp_path, *QUICK, "--ini-c-divrs", "0.3", "--bits", str(bits))
+    before = read(tmp_path / "Ternary_best_acc.pt")["state_dict"]
+    save({"state_dict": before}, tmp_path / "quantized.pt")
+    quantize(tmp_path / "quantized.pt", tmp_path / "again", "--retrain-only", "--retrain-epochs", "2", "--lr2", "1e-2")
+    after = read(tmp_path / "again" / "Ternary_best_acc.pt")
+    (run,) = runs(tmp_path / "again")
+    assert [json.loads(line)["phase"] for line in (run / "log.jsonl").read_text().splitlines()] == ["retrain"] * 3
+    assert len(after["assignments"]) == 18
+    for name, assignment in after["assignments"].items():
+        for side in (before[name] > 0, before[name] < 0):
+            step = before[name][side] / assignment[side]
+            assert torch.allclose(step, step[:1], rtol=1e-5)
+        assert torch.equal(assignment == 0, before[name] == 0)
+
+
+def test_retraining_needs_quantized_layers(resnet, tmp_path):
+    assert "holds no quantized layer to retrain" in refusal(quantize, resnet, tmp_path, "--retrain-only")
