@@ -46,6 +46,19 @@ def _bits(text: str) -> tuple[str, int]:
     return pattern or ALL, int(bits)
 
 
+def _budget(text: str) -> tuple[float, str]:
+    """Parse bytes, such as 130KB, or a score below 1: an amount and its unit."""
+    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+    match = re.fullmatch(r"([0-9.]+(?:e-?[0-9]+)?) ?([KMG]?B)?", text, re.IGNORECASE)
+    try:
+        amount = float(match[1]) * units[(match[2] or "").upper()] if match else 0.0
+    except ValueError:
+        amount = 0.0
+    if not match or not amount > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither bytes, such as 130KB, nor a score below 1")
+    return amount, "score" if amount < 1 else "bytes"
+
+
 def _share_or_auto(text: str) -> float | str:
     return text if text == "auto" else positive_share(text)
 
@@ -163,6 +176,13 @@ def _add_layer_arguments(parser: Parser) -> None:
         default=[],
         metavar="[PATTERN=]B",
         help="bits a weight, 2 (ternary) to 8, of the layers that match, likewise, or of all others (default: 2)",
+    )
+    layers.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="BYTES|SCORE",
+        help="choose the bits of each layer so that all values take at most this many bytes (130KB, 4.3MB), or the "
+        "network this score (below 1, on the challenge ruler), and answers change least",
     )
     layers.add_argument(
         "--keep-zeros",

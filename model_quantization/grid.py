@@ -29,6 +29,7 @@ from model import row_of
 from model.own import is_own
 from model.selection import TERNARY, Patterns
 from model_quantization.arguments import ALL, FP_MODEL, FP_MODELS
+from model_quantization.budget import Budget, widths_within
 from model_quantization.choosing import choose, say_costs, show
 from model_quantization.comparison import Choice, read_best, shown, write
 from model_quantization.plots import plot_ternarization
@@ -44,8 +45,12 @@ def run(args: Namespace) -> int:
     if args.list:
         say(list_of(Path(args.save_dir)))
         return 0
-    if args.do_prune and (args.bits or args.retrain_only):
-        raise UserError("--do-prune: pruned layers keep their values; leave it out, or --bits and --retrain-only")
+    if args.do_prune and (args.bits or args.budget or args.retrain_only):
+        raise UserError(
+            "--do-prune: pruned layers keep their values; leave it out, or --bits, --budget, --retrain-only"
+        )
+    if args.budget and (args.bits or args.retrain_only):
+        raise UserError("--budget chooses the bits; leave it out, or --bits and --retrain-only")
     checkpoint = full_precision(args)
     machine = choose_machine(args.cuda, args.amp, args.compile)
     data = load_data(request_of(checkpoint, args), machine.device)
@@ -55,6 +60,11 @@ def run(args: Namespace) -> int:
     recipes = recipes_of(checkpoint, teacher, data, args)
     kind = "prune" if args.do_prune else "retrain" if args.retrain_only else "quantize"
     layers = choose(checkpoint, data.image_size, recipes[0].patterns, kind)
+    if args.budget:
+        amount, names = Budget(*args.budget), list(layers.chosen)
+        bits = widths_within(amount, checkpoint, names, recipes[0].g, data, machine.in_32_bit())
+        layers = replace(layers, chosen=bits)
+        recipes = [replace(recipe, bits=tuple(bits.items())) for recipe in recipes]
     not_as_published = is_own(checkpoint.spec["name"]) or recipes[0].patterns != Patterns()
     show(checkpoint, layers, "Pruned" if args.do_prune else "Quantized", args.dry_run or not_as_published)
     if args.dry_run:
