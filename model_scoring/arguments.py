@@ -6,20 +6,22 @@ from engine.program.arguments import (
     Parser,
     add_data_arguments,
     add_machine_arguments,
+    positive_float,
     positive_int,
     positive_share,
     switch,
 )
 from engine.program.network_flags import add_model_arguments
 from rulers import RULERS
+from rulers.tally import TASKS, Task
 
 T_MODELS = "model_scoring/trained_t_models"
 T_MODEL = "best_ternary_cifar_micronet.pt"  # unless the user says another
 SAVED_LAYERS = "model_scoring/saved_layers"
 DESCRIPTION = """\
 Score a network by the rules of the MicroNet Challenge (2019): parameters and operations relative to the task's
-baseline. Prints every layer, every group's subtotal, the score on three rulers, and with --eval whether the task's
-accuracy holds.
+baseline. Prints the score on three rulers, with --layers every layer and every group's subtotal, and with --eval
+whether the task's accuracy holds.
 """
 EPILOG = """\
 example: score and evaluate what stage 2 left in its folder, with 16 bit values and additions
@@ -37,6 +39,20 @@ def _shape(text: str) -> tuple[tuple[int, ...], str | None]:
         return tuple(positive_int(side) for side in sides.replace(",", "x").split("x")), dtype or None
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 3x32x32") from None
+
+
+def _baseline(text: str) -> Task:
+    """A task of the challenge by its name, or `PARAMS,OPERATIONS` of one's own."""
+    named = {task.key.lower(): task for task in TASKS.values()}
+    if task := named.get(text.lower().replace("-", "")):
+        return task
+    try:
+        params, operations = (positive_float(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither {' nor '.join(TASKS)} nor two numbers above 0, PARAMS,OPERATIONS"
+        ) from None
+    return Task("yours", 0, params, operations, 0, 0)
 
 
 def parser() -> Parser:
@@ -118,5 +134,13 @@ def _add_scoring_arguments(parser: Parser) -> None:
         metavar="T",
         help="first set depthwise weights below T times their layer's largest magnitude to zero; 1 prunes nothing",
     )
+    scoring.add_argument(
+        "--baseline",
+        type=_baseline,
+        metavar="NAME|PARAMS,OPS",
+        help=f"what scores are relative to: {' or '.join(TASKS)}, or a network of so many parameters and operations "
+        "(default: the data set's, else CIFAR-100's)",
+    )
+    scoring.add_argument("--layers", action="store_true", help="list every layer, and every group's subtotal")
     scoring.add_argument("--strict", action="store_true", help="exit with 2 if an operation has no rule")
     scoring.add_argument("--json", metavar="FILE", help="write everything that is printed, and more, as JSON")

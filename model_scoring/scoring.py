@@ -29,7 +29,7 @@ from model_scoring.onnx_file import OnnxNetwork
 from model_scoring.pruning import prune_depthwise
 from model_scoring.tables import as_dict, before_and_after, listing, summary
 from rulers import RULERS
-from rulers.tally import Tally, task_of
+from rulers.tally import Tally, Task, task_of
 
 Loaded = tuple[Checkpoint, nn.Module]
 
@@ -47,6 +47,8 @@ class Recipe:
         prune_threshold: as `prune_depthwise` has it.
         image_size: side of the images that are counted and evaluated, pixels.
         wanted: the network; its shapes are counted instead of images.
+        baseline: what scores are relative to; None for the data set's task.
+        listed: whether every layer is shown.
     """
 
     ruler: str
@@ -57,6 +59,8 @@ class Recipe:
     prune_threshold: float
     image_size: int
     wanted: Wanted
+    baseline: Task | None = None
+    listed: bool = False
 
     def in_32_bit(self) -> "Recipe":
         """The same for a full-precision network."""
@@ -94,6 +98,8 @@ def run(args: Namespace) -> int:
         args.prune_threshold,
         args.image_size or checkpoint.image_size or row_of(checkpoint.spec["name"]).image_size,
         wanted,
+        args.baseline,
+        args.layers,
     )
     images = None
     if args.eval:
@@ -140,13 +146,14 @@ def score(
     loaded: Loaded, before: Loaded | None, dataset: str, recipe: Recipe, images: Images | None, exports: Exports
 ) -> tuple[dict[str, Any], Tally]:
     """Count, export, evaluate and compare a network, and print it; the report, and the tally listed in detail."""
-    (checkpoint, network), task = loaded, task_of(dataset)
+    (checkpoint, network), task = loaded, recipe.baseline or task_of(dataset)
     tallies = count_all(loaded, recipe)
     tally = tallies[recipe.ruler]
-    say(listing(tally))
     export(network, checkpoint, exports, recipe.wanted.shapes or recipe.image_size)
     evaluation = evaluate_network(loaded, recipe, images, exports.onnx) if images else None
     say(summary(tallies, task, dataset, checkpoint.spec["num_classes"], evaluation))
+    if recipe.listed:
+        say("\n" + listing(tally))
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint.path),
         "model": checkpoint.spec,

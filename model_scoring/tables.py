@@ -9,7 +9,7 @@ from rulers.tally import Tally, Task
 
 
 def listing(tally: Tally) -> str:
-    """Every layer, and every group's subtotal."""
+    """Every layer, and every group's subtotal, whose parameters are also said in megabytes of 32-bit values."""
     headers = ["layer", "kept as", "weights", "zeros", "params", "mults", "adds", "MFLOP"]
     rows = []
     for group in tally.groups:
@@ -19,8 +19,9 @@ def listing(tally: Tally) -> str:
             for line in group.lines
         ]  # fmt: skip
         totals = {key: group.total(key) for key in ("numel", "nonzero", "mults", "adds")}
+        megabytes = f"{tally.scoring_params(group) * 4e-6:.3f} MB"
         rows.append(
-            [group.name.upper(), "", *_amounts(totals["numel"], totals["nonzero"]),
+            [group.name.upper(), megabytes, *_amounts(totals["numel"], totals["nonzero"]),
              f"{tally.scoring_params(group):,.0f}", f"{totals['mults']:,.0f}", f"{totals['adds']:,.0f}",
              f"{tally.mflop(group):.2f}"]
         )  # fmt: skip
@@ -48,13 +49,17 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
         for name, tally in tallies.items()
     ]
     own_task = task.is_solved_by(dataset, classes)
+    foreign = (
+        f" ({dataset} with {classes} classes is no task of the challenge)" if task.correct and not own_task else ""
+    )
     lines = [
         "\nSummary",
         table(headers, rows),
-        f"Baseline   {task.name}: {with_unit(task.base_params)} params, {with_unit(task.base_ops)} operations"
-        + ("" if own_task else f" ({dataset} with {classes} classes is no task of the challenge)"),
-        f"Threshold  {task.correct:,} of {task.images:,} right on {task.name}",
+        f"Baseline   {task.name}: {with_unit(task.base_params)} params, {with_unit(task.base_ops)} operations{foreign}",
+        *(_compared(tally, task) for tally in tallies.values() if tally.ruler == "challenge"),
     ]
+    if task.correct:
+        lines.append(f"Threshold  {task.correct:,} of {task.images:,} right on {task.name}")
     if evaluation:
         verdict = ""
         if own_task:
@@ -69,6 +74,16 @@ def summary(tallies: dict[str, Tally], task: Task, dataset: str, classes: int, e
         lines.append(f"By analogy {by_analogy}")
     lines += [f"Uncounted  {line}" for line in _uncounted(tallies)]
     return "\n".join(lines)
+
+
+def _compared(tally: Tally, task: Task) -> str:
+    """The two parts of a score, and how many times smaller than the baseline each is."""
+    params, ops = tally.total_scoring_params / task.base_params, tally.total_mflop * 1e6 / task.base_ops
+    times = [f"{1 / part:,.1f} times" if part else "no" for part in (params, ops)]
+    return (
+        f"Score      {params:.5f} of its parameters + {ops:.5f} of its operations on {tally.ruler}: "
+        f"{times[0]} smaller, {times[1]} fewer operations"
+    )
 
 
 def _incomplete(tally: Tally) -> str:

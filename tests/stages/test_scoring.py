@@ -1,6 +1,7 @@
 """Stage 3 on real networks: what it prints, exports and compares."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_scoring_prints_every_layer_and_the_score(resnet, tmp_path, capsys):
     (row,) = json.loads((tmp_path / "resnet_sweep.json").read_text())
     capsys.readouterr()
     for bits, accuracy in (("no-halfprecision", row["accuracy"]), ("halfprecision", row["accuracy_16_bit"])):
-        score(tmp_path / "Ternary_best_acc.pt", "--eval", f"--{bits}")
+        score(tmp_path / "Ternary_best_acc.pt", "--eval", "--layers", f"--{bits}")
         out = capsys.readouterr().out
         assert sum(line.startswith("  layer") for line in out.splitlines()) >= 18
         assert f"Accuracy   {accuracy:.2f}%" in out and f"{row['zeros']:.2f}%" in out
@@ -164,3 +165,20 @@ def test_before_and_after_stand_side_by_side(resnet, tmp_path, capsys):
     assert rows["zeros"][0].startswith("0") and float(rows["zeros"][1].rstrip("%")) > 40
     assert float(rows["score"][0]) > 5 * float(rows["score"][1])
     assert rows["accuracy"][0].endswith("%")
+
+
+def test_a_baseline_of_ones_own(resnet, capsys):
+    score(resnet, "--baseline", "1e6,4.2e7", "--no-halfprecision", "--mul-bits", "32", "--add-bits", "32")
+    out = capsys.readouterr().out
+    assert "Baseline   yours: 1.00M params, 42.00M operations\n" in out and "Threshold" not in out
+    params, operations, score_of_both = (
+        float(text)
+        for text in re.findall(r"challenge .* ([\d,]+) +[\d.]+ +([\d.]+) +([\d.]+)\n", out)[0][:3]
+        for text in [text.replace(",", "")]
+    )
+    assert score_of_both == pytest.approx(params / 1e6 + operations / 42, rel=1e-3)
+    parts = re.findall(r"Score +([\d.]+) of its parameters \+ ([\d.]+) of its operations on challenge", out)
+    assert [float(part) for part in parts[0]] == pytest.approx([params / 1e6, operations / 42], rel=1e-3)
+    with pytest.raises(SystemExit):
+        score(resnet, "--baseline", "1e6")
+    assert "'1e6' is neither CIFAR-100 nor ImageNet nor two numbers above 0" in capsys.readouterr().err
