@@ -110,6 +110,7 @@ def _add_sweep_arguments(parser: Parser) -> None:
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument(
         "--ini-c-divrs",
+        "--s",
         type=_share_or_auto,
         nargs="+",
         default=[0.15, 0.3, 0.5],
@@ -119,6 +120,7 @@ def _add_sweep_arguments(parser: Parser) -> None:
     )
     sweep.add_argument(
         "--lambda-max-divrs",
+        "--g",
         type=fraction,
         nargs="+",
         default=[0.125, 0.15, 0.175],

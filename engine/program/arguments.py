@@ -1,9 +1,14 @@
 """The parser of a command line, arguments that several programs share, and their types. Imports no torch."""
 
 import argparse
+import difflib
 import math
+import re
+import shlex
 import sys
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine.images.datasets import DATA_PATH, DATASETS, MAX_IMAGE_SIZE
@@ -21,10 +26,15 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose help shows every default that there is."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
+        self.add_argument("--version", action="version", version=f"EC2T {version()}")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """The arguments of a line of a file `@FILE`: as in a shell, a `#` begins a comment."""
+        return shlex.split(arg_line, comments=True)
 
     def error(self, message: str) -> NoReturn:
-        line = f"error: {message} (see {self.prog} --help)"
+        line = f"error: {message}{_meant(message)} (see {self.prog} --help)"
         self.end(EXIT_WRONG_INPUT, line, cause=line)
 
     def end(self, code: int, line: str | None, cause: str | None) -> NoReturn:
@@ -47,6 +57,21 @@ class Parser(argparse.ArgumentParser):
         line = printable(" ".join(message.splitlines()))
         name = f"{self.prog} [process {process}]" if process else self.prog
         return f"{name}: {line if len(line) <= MAX_LINE else line[:MAX_LINE] + ' ...'}\n"
+
+
+def version() -> str:
+    """Of this toolkit, as its pyproject.toml has it."""
+    with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as file:
+        return str(tomllib.load(file)["project"]["version"])
+
+
+def _meant(message: str) -> str:
+    """What a user may have meant who wrote a name wrong, as far as `message` tells."""
+    if not (wrong := re.search(r"(?:invalid choice|unknown model):? '([^']*)' \(choose from (.*)\)", message)):
+        return ""
+    choices = {choice.strip(" '").lower(): choice.strip(" '") for choice in wrong[2].split(",")}
+    near = difflib.get_close_matches(wrong[1].lower(), choices, n=1)
+    return f"; did you mean {choices[near[0]]}?" if near else ""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

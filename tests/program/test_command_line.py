@@ -226,3 +226,29 @@ def test_flags_are_not_guessed_from_their_beginning():
     parser.add_argument("--epochs", type=arguments.positive_int)
     with pytest.raises(SystemExit):
         parser.parse_args(["--epo", "3"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("--dataset cifar10", "CIFAR10"), ("--dataset imagefolder", "folder"), ("--dataset zzz", ""), ("--dataset imagenet", "ImageNet"),
+     ("--model resnet-20", "resnet20"), ("--amp b16", "bf16")],
+)  # fmt: skip
+def test_a_name_written_wrong_is_answered_with_the_right_one(wrong, meant, capsys):
+    with pytest.raises(SystemExit):
+        quantization_parser().parse_args(wrong.split())
+    error = capsys.readouterr().err
+    assert f"did you mean {meant}?" in error if meant else "did you mean" not in error
+
+
+def test_arguments_come_from_a_file_too(tmp_path):
+    (tmp_path / "run.txt").write_text("--epochs 3  # short\n--s 0.3 0.5 --g 0.1\n\n--data-path 'my images'\n")
+    args = quantization_parser().parse_args([f"@{tmp_path}/run.txt", "--epochs", "4"])
+    assert (args.epochs, args.ini_c_divrs, args.lambda_max_divrs) == (4, [0.3, 0.5], [0.1])
+    assert args.data_path == "my images"
+
+
+def test_the_version_is_said(capsys):
+    with pytest.raises(SystemExit) as ended:
+        quantization_parser().parse_args(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"EC2T \d+\.\d+\.\d+\n", capsys.readouterr().out)
