@@ -107,6 +107,8 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
     if processes.world_size() > 1:
         how.append(f"{processes.world_size()} processes")
     say(f"Running on {where}, {', '.join(how)}")
+    if on_gpu and processes.world_size() == 1 and torch.cuda.device_count() > 1:
+        say("Each batch is split over these GPUs; one process a GPU is faster: torchrun, or a sweep with --shard any")
     if amp != "off" and not on_gpu and not (amp == "bf16" and _cpu_has(BF16_HARDWARE)):
         say(f"This CPU has no {amp}: emulating it is many times slower than --amp auto, which takes 32 bit here")
     return Machine(device, amp, compile)
