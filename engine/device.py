@@ -44,7 +44,8 @@ class Machine:
         Over several processes, backward leaves the gradients' average in each of them.
         """
         if processes.world_size() > 1:
-            network = DistributedDataParallel(network)
+            # buffers are averaged after the epoch
+            network = DistributedDataParallel(network, broadcast_buffers=False)
         elif self.device.type == "cuda" and torch.cuda.device_count() > 1:
             network = nn.DataParallel(Autocast(network, self))
         compiled: Any = torch.compile(network) if self.compile else network

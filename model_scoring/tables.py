@@ -10,18 +10,18 @@ from rulers.tally import Tally, Task
 
 def listing(tally: Tally) -> str:
     """Every layer, and every group's subtotal, whose parameters are also said in megabytes of 32-bit values."""
-    headers = ["layer", "kept as", "weights", "zeros", "params", "mults", "adds", "MFLOP"]
+    headers = ["layer", "kernel at input, channels", "kept as", "weights", "zeros", "params", "mults", "adds", "MFLOP"]
     rows = []
     for group in tally.groups:
         rows += [
-            [f"  {line.name}", line.note, *_amounts(line.numel, line.nonzero), f"{line.bits / 32:,.0f}",
+            [f"  {line.name}", line.shape, line.note, *_amounts(line.numel, line.nonzero), f"{line.bits / 32:,.0f}",
              f"{line.mults:,.0f}", f"{line.adds:,.0f}", f"{tally.line_mflop(line):.2f}"]
             for line in group.lines
         ]  # fmt: skip
         totals = {key: group.total(key) for key in ("numel", "nonzero", "mults", "adds")}
         megabytes = f"{tally.scoring_params(group) * 4e-6:.3f} MB"
         rows.append(
-            [group.name.upper(), megabytes, *_amounts(totals["numel"], totals["nonzero"]),
+            [group.name.upper(), "", megabytes, *_amounts(totals["numel"], totals["nonzero"]),
              f"{tally.scoring_params(group):,.0f}", f"{totals['mults']:,.0f}", f"{totals['adds']:,.0f}",
              f"{tally.mflop(group):.2f}"]
         )  # fmt: skip

@@ -123,11 +123,12 @@ def _line(node: Node, folding: Folding, share: Share) -> Line:
     """The line of `node` with what is stored for it, named by the module that owns its weights."""
     owner = folding.layers[node].weight if node in folding.layers else node.arguments.get("running_mean")
     name = owner.stored.name.rpartition(".")[0] if owner and owner.stored else ""
-    return Line(name or node.name, share.bits, numel=share.numel, nonzero=share.nonzero, note=share.note)
+    shape = folding.layers[node].shape if node in folding.layers else ""
+    return Line(name or node.name, share.bits, numel=share.numel, nonzero=share.nonzero, note=share.note, shape=shape)
 
 
 def _add(lines: dict[str, Line], line: Line) -> None:
     """Add `line` to those of a group: operations of one name share a line."""
-    total = lines.setdefault(line.name, Line(line.name, note=line.note))
+    total = lines.setdefault(line.name, Line(line.name, note=line.note, shape=line.shape))
     for amount in ("bits", "mults", "adds", "numel", "nonzero", "tree_adds", "tree_bits", "mult_bits"):
         setattr(total, amount, getattr(total, amount) + getattr(line, amount))

@@ -85,6 +85,17 @@ class Layer:
         return any(n != 0 for n in self.node.arguments.get("padding", ()))
 
     @property
+    def shape(self) -> str:
+        """Kernel, input size, channels in and out, and how many of these are executed, for a reader."""
+        filters, inputs, kernel = self.weights.shape
+        sizes = ["x".join(map(str, sides)) for sides in (self.weight.shape[2:], self.input.shape[2:])]
+        where = f"{sizes[0]} at {sizes[1]}, " if kernel > 1 or all(sizes) else ""
+        groups = self.node.arguments.get("groups", 1)
+        dead = filters - int(self.live.sum())
+        grouped = f" in {groups} groups" if groups > 1 else ""
+        return f"{where}{inputs * groups} -> {filters}{grouped}" + (f", {dead} dead" if dead else "")
+
+    @property
     def matrix(self) -> Matrix:
         """What is stored of the weights."""
         _, inputs, kernel = self.weights.shape

@@ -59,8 +59,9 @@ def task_of(dataset: str) -> Task:
 class Line:
     """One layer: its stored bits, its multiplications and additions, its weights and how many are not zero.
 
-    `tree_adds` of the additions run in adder trees, whose levels differ in width: `tree_bits` is the sum of
-    their widths. `mult_bits` is the sum of the multiplications' widths where these are not all the stated one.
+    `shape` says of a layer its kernel, input size and channels. `tree_adds` of the additions run in adder trees, whose
+    levels differ in width: `tree_bits` is the sum of their widths. `mult_bits` is the sum of the multiplications' widths
+    where these are not all the stated one.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Line:
     numel: int = 0
     nonzero: int = 0
     note: str = ""
+    shape: str = ""
     tree_adds: float = 0.0
     tree_bits: float = 0.0
     mult_bits: float = 0.0

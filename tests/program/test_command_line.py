@@ -230,8 +230,8 @@ def test_flags_are_not_guessed_from_their_beginning():
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("--dataset cifar10", "CIFAR10"), ("--dataset imagefolder", "folder"), ("--dataset zzz", ""), ("--dataset imagenet", "ImageNet"),
-     ("--model resnet-20", "resnet20"), ("--amp b16", "bf16")],
+    [("--dataset cifar10", "CIFAR10"), ("--dataset imagefolder", "folder"), ("--dataset imagenet", "ImageNet"),
+     ("--dataset zzz", ""), ("--model resnet-20", "resnet20"), ("--amp b16", "bf16")],
 )  # fmt: skip
 def test_a_name_written_wrong_is_answered_with_the_right_one(wrong, meant, capsys):
     with pytest.raises(SystemExit):

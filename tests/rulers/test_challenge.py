@@ -114,6 +114,14 @@ def test_sparse_layer_counts_what_is_not_zero():
     (line,) = lines(count(conv, (4, 5, 5), FULL)).values()
     assert counted(line) == (72 + 45 * 32, 45 * 9, 43 * 9)
     assert (line.numel, line.nonzero, line.note) == (72, 45, "mask")
+    assert line.shape == "3x3 at 5x5, 4 -> 2"
+
+
+def test_shapes_of_layers():
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 6, (1, 2)), nn.Flatten(), nn.Linear(54, 3))
+    network[1].weight.data[2:4] = 0
+    shapes = [line.shape for line in lines(count(network, (4, 5, 6), FULL)).values() if line.shape]
+    assert shapes == ["3x3 at 5x6, 4 -> 8 in 4 groups", "1x2 at 3x4, 8 -> 6, 2 dead", "54 -> 3"]
 
 
 def test_ternary_layer():
