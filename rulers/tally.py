@@ -60,8 +60,8 @@ class Line:
     """One layer: its stored bits, its multiplications and additions, its weights and how many are not zero.
 
     `shape` says of a layer its kernel, input size and channels. `tree_adds` of the additions run in adder trees, whose
-    levels differ in width: `tree_bits` is the sum of their widths. `mult_bits` is the sum of the multiplications' widths
-    where these are not all the stated one.
+    levels differ in width: `tree_bits` is the sum of their widths. `mult_bits` is the sum of the widths of the
+    multiplications where these are not all the stated one.
     """
 
     name: str
