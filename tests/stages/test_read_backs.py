@@ -63,7 +63,7 @@ def meta_device(monkeypatch):
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*supported(), "meta"])
     library = torch.library.Library("aten", "IMPL", "Meta")
     for name in ("_fused_adam_", "_fused_sgd_"):
-        library.impl(name, lambda *args, **kwargs: None)
+        library.impl(name, lambda *args, **kwargs: None, allow_override=True)
 
     class OnCpu(torch.Generator):
         def __new__(cls, device=None):
