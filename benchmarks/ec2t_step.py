@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """What EC2T adds to a training step: ours against a literal implementation, side by side in one run.
 
-    python benchmarks/ec2t_step.py [--networks micronet efficientnet-b1] [--batch-size 8] [--rounds 5] [--compile]
+    python benchmarks/ec2t_step.py [--networks micronet efficientnet-b1] [--bits 2 4 8] [--rounds 5] [--compile]
 
 Measured, on the CPU and on a GPU where there is one, each as the median over alternating rounds:
 
     plain          a training step with Adam over all weights
     EC2T           a training step with EC2T as this project does it; less `plain`, what the quantizer costs
     literal        the same with the formulas as they are printed: for each layer three distance tensors, an argmin,
-                   a dense quantized copy; one Adam a parameter group
+                   a dense quantized copy; one Adam a parameter group; ternary whatever --bits says
     fused Adam     torch.optim.Adam(fused=True) over the ternarized weights alone: the yardstick
     quantizer      scaling gradients, Adam on the centroids, assigning, timed without the rest of the step
 """
@@ -115,8 +115,8 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def compare(name: str, device: torch.device, batch_size: int, rounds: int, compile: bool) -> list:
-    """One row of the table: network `name` on `device`."""
+def compare(name: str, bits: int, device: torch.device, batch_size: int, rounds: int, compile: bool) -> list:
+    """One row of the table: network `name` on `device`, its layers of so many bits."""
     spec, image_size = NETWORKS[name]
     torch.manual_seed(0)
     images = torch.randn(batch_size, 3, image_size, image_size, device=device)
@@ -125,7 +125,7 @@ def compare(name: str, device: torch.device, batch_size: int, rounds: int, compi
     labels = torch.randint(10, (batch_size,), device=device)
 
     plain = torch.optim.Adam(networks[0].parameters(), lr=1e-4, fused=True)
-    layers = QuantizedLayers(networks[1], names, S, G)
+    layers = QuantizedLayers(networks[1], dict.fromkeys(names, bits), S, G)
     if compile:
         layers.compile()
     others = [p for n, p in networks[1].named_parameters() if n not in names]
@@ -151,7 +151,7 @@ def compare(name: str, device: torch.device, batch_size: int, rounds: int, compi
     floats = sum(t.numel() * t.element_size() for t in state) / 4 + 2 * layers.weights.numel()
     quantizer, literal_quantizer = steps["ours"] - steps["plain"], steps["literal"] - steps["plain"]
     return [
-        f"{name}, {device.type}",
+        f"{name}, {bits} bit, {device.type}",
         f"{number / 1e6:.2f}M",
         *(f"{1e3 * steps[key]:.1f}" for key in ("plain", "ours", "literal")),
         f"{1e3 * quantizer:.1f}",
@@ -166,13 +166,16 @@ def compare(name: str, device: torch.device, batch_size: int, rounds: int, compi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["micronet", "efficientnet-b1"])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2], choices=range(2, 9))
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="compile the quantizer, as --compile does in the sweep")
     args = parser.parse_args()
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     settings = args.batch_size, args.rounds, args.compile
-    rows = [compare(name, device, *settings) for device in devices for name in args.networks]
+    rows = [
+        compare(name, bits, device, *settings) for device in devices for name in args.networks for bits in args.bits
+    ]
     headers = [
         *("milliseconds a step", "weights", "plain", "EC2T", "literal", "EC2T - plain", "quantizer", "fused Adam"),
         *("literal / ours", "ours / Adam", "floats a weight"),

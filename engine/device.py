@@ -1,6 +1,7 @@
 """Where a network runs: devices, memory layout, several GPUs, mixed precision, compilation."""
 
 import contextlib
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,9 @@ from engine.program.report import say
 
 BF16_HARDWARE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # capabilities of CPUs that multiply bfloat16
 BF16_IS_FASTER = ("amx_bf16",)  # of CPUs on which that was measured to be faster than 32 bit
+# buffers are averaged after each epoch, and need no exchange before each forward pass; the flag's name in torch changes
+_FLAGS = inspect.signature(DistributedDataParallel).parameters
+WITHOUT_BUFFERS: dict[str, Any] = {next(f for f in ("forward_sync_buffers", "broadcast_buffers") if f in _FLAGS): False}
 LOSS_SCALE = 2.0**12  # of float16's gradients at the start of an epoch
 
 
@@ -44,8 +48,7 @@ class Machine:
         Over several processes, backward leaves the gradients' average in each of them.
         """
         if processes.world_size() > 1:
-            # buffers are averaged after the epoch
-            network = DistributedDataParallel(network, broadcast_buffers=False)
+            network = DistributedDataParallel(network, **WITHOUT_BUFFERS)
         elif self.device.type == "cuda" and torch.cuda.device_count() > 1:
             network = nn.DataParallel(Autocast(network, self))
         compiled: Any = torch.compile(network) if self.compile else network
