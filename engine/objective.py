@@ -70,7 +70,7 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Taught:
-    """The part of a recipe that says what training minimises, and on which images it is judged.
+    """The part of a recipe that says what training minimises, on images augmented how, and on which it is judged.
 
     `teacher_sha256` is that of the teacher's file; the others are the flags of these names. All have defaults, as they
     were added later; see `engine.store.run_folder.shaping`.
@@ -82,6 +82,7 @@ class Taught:
     teacher_weight: float = 1.0
     temperature: float = 1.0
     freeze_batch_norm: bool = False
+    augment_as: str = "published"
 
 
 def taught(args: Namespace, teacher: Checkpoint | None) -> dict[str, Any]:

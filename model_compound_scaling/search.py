@@ -111,6 +111,7 @@ def request_of(row: Row, args: Namespace) -> ImageRequest:
         preprocessing=row.preprocessing,
         holdout=args.holdout,
         split=args.split,
+        augment_as=args.augment_as,
     )
 
 

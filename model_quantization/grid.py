@@ -175,6 +175,7 @@ def request_of(checkpoint: Checkpoint, args: Namespace) -> ImageRequest:
         train=args.epochs + args.retrain_epochs > 0 or args.holdout > 0,
         holdout=args.holdout,
         split=args.split,
+        augment_as=args.augment_as,
     )
 
 

@@ -241,6 +241,7 @@ class ImageRequest:
         train: read the training images too; without them, classes may lack validation images.
         holdout: the share of each class's training images that validation is on; 0 for the validation images.
         split: the folder with the validation images, "val" or "test"; None for the first that is there.
+        augment_as: "published", or "followup" for the augmentation of the authors' follow-up (small images only).
     """
 
     name: str
@@ -254,10 +255,14 @@ class ImageRequest:
     train: bool = True
     holdout: float = 0.0
     split: str | None = None
+    augment_as: str = "published"
 
 
 def load_data(request: ImageRequest, device: torch.device) -> Data:
     """Read the data set that is wanted; UserError where it is missing, empty or damaged."""
+    if request.augment_as == "followup" and not DATASETS[request.name].followup:
+        known = ", ".join(name for name, facts in DATASETS.items() if facts.followup)
+        raise UserError(f"--augment-as followup: differs for {known} alone, not for {request.name}; leave it out")
     if request.train and request.batch_size % processes.world_size():
         raise UserError(
             f"--batch-size {request.batch_size} can't be shared evenly by {processes.world_size()} processes; "
@@ -324,6 +329,8 @@ def _on_disk(request: ImageRequest, source: ClassFolders, device: torch.device) 
 def _in_memory(request: ImageRequest, source: Source, device: torch.device) -> ImagesInMemory:
     facts = DATASETS[request.name]
     size = request.image_size or facts.native_size or source.native_size
+    if request.augment_as == "followup" and facts.followup:
+        facts = DATASETS[facts.followup]
 
     def on_device(split: str) -> tuple[Tensor, Tensor]:
         images, labels = source.read(split, size)

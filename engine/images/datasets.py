@@ -22,6 +22,7 @@ class Dataset:
         padding: of the random crop, as a share of an image's side.
         jitter: of brightness, contrast, saturation and hue; None for no jitter.
         cutout: side of the Cutout square, as a share of an image's side; 0 for no Cutout.
+        followup: the data set as which the authors' follow-up augments this one, where that is another one's.
         learning_rate_steps: epochs at which training from scratch divides the learning rate by 10; where there are
             none, it falls along half a cosine.
     """
@@ -33,12 +34,13 @@ class Dataset:
     padding: float = 1 / 8
     jitter: tuple[float, float, float, float] | None = None
     cutout: float = 0.0
+    followup: str | None = None
     learning_rate_steps: tuple[int, ...] = ()
 
 
 DATASETS = {
     "CIFAR100": Dataset(jitter=(0.3, 0.3, 0.3, 0.075), cutout=1 / 2),
-    "CIFAR10": Dataset(),
+    "CIFAR10": Dataset(followup="CIFAR100"),
     "MNIST": Dataset(flip=False),
     "FashionMNIST": Dataset(),
     "ImageNet": Dataset("folder", "always", PHOTOGRAPH_SIZE, learning_rate_steps=(30, 60, 90)),

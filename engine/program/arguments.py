@@ -141,6 +141,13 @@ def add_data_arguments(parser: Parser, dataset: str, image_size: str, training: 
             help="choose epochs and networks on this share of each class's training images, and report the validation "
             "images once, at the end (default: choose on the validation images, as published)",
         )
+        group.add_argument(
+            "--augment-as",
+            choices=("published", "followup"),
+            default="published",
+            help="CIFAR10's augmentation: flips and padded crops, or, as in the authors' follow-up, CIFAR100's, with "
+            "ColorJitter and Cutout",
+        )
     group.add_argument("--image-size", type=_pixels, metavar="PX", help=f"side in pixels (default: {image_size})")
     return group
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from engine.images.augment import normalise
+from engine.images.augment import Augmentation, normalise
 from engine.images.batches import Data, ImagesInMemory, ImagesOnDisk
 from engine.images.datasets import DATA_PATH, DATASETS
 from engine.program.errors import UserError
@@ -306,6 +306,15 @@ def test_fewer_images_than_a_batch_are_one_batch(make_folders):
 def test_batches_of_one_image(make_folders):
     data = load(make_folders(), batch_size=1, val_batch_size=1)
     assert len(list(data.train_batches(0))) == len(list(data.val_batches())) == 4
+
+
+def test_the_followup_augments_cifar10_as_cifar100(make_folders):
+    path = make_folders()
+    plain, other, followup = load(path, "CIFAR10"), load(path, "CIFAR100"), load(path, "CIFAR10", augment_as="followup")
+    assert followup.augmentation == other.augmentation == Augmentation(True, 4, (0.3, 0.3, 0.3, 0.075), 16)
+    assert plain.augmentation == Augmentation(True, 4) and followup.digest == plain.digest
+    said = refusal(path, "CIFAR100", augment_as="followup")
+    assert said == "--augment-as followup: differs for CIFAR10 alone, not for CIFAR100; leave it out"
 
 
 def test_small_validation_images_are_normalised_and_nothing_else(make_folders):
