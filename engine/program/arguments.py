@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(arg_line, comments=True)
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^(argument --[\w-]+)/[^:]*:", r"\1:", message)  # without the flag's shorter names
         line = f"error: {message}{_meant(message)} (see {self.prog} --help)"
         self.end(EXIT_WRONG_INPUT, line, cause=line)
 
