@@ -258,12 +258,16 @@ class QuantizedLayers:
         return ((ec2t.entropy(self.cluster_sizes(), self.numel) * self.numel).sum() / self.numel.sum()).item()
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Of each layer by its name: weights below zero, of zero and above, the steps w_p and w_n, and lambda."""
+        """Of each layer by its name: weights below zero, of zero and above, the steps w_p and w_n, and lambda.
+
+        Lambda is None where the assignment is frozen: nothing constrains it.
+        """
         sizes, numel = self.cluster_sizes().sum(2).long().tolist(), self.numel.long().tolist()
-        columns = zip(self.names, *sizes, numel, *self.centroids.tolist(), self.lam.tolist(), strict=True)
+        lam = [None] * len(numel) if self.frozen else self.lam.tolist()
+        columns = zip(self.names, *sizes, numel, *self.centroids.tolist(), lam, strict=True)
         return {
-            name: {"clusters": [n, all_ - n - p, p], "centroids": [w_p, w_n], "lambda": lam}
-            for name, p, n, all_, w_p, w_n, lam in columns
+            name: {"clusters": [n, all_ - n - p, p], "centroids": [w_p, w_n], "lambda": of_layer}
+            for name, p, n, all_, w_p, w_n, of_layer in columns
         }
 
     def state_dict(self) -> dict[str, Tensor]:
