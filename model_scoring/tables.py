@@ -81,8 +81,8 @@ def _compared(tally: Tally, task: Task) -> str:
     params, ops = tally.total_scoring_params / task.base_params, tally.total_mflop * 1e6 / task.base_ops
     times = [f"{1 / part:,.1f} times" if part else "no" for part in (params, ops)]
     return (
-        f"Score      {params:.5f} of its parameters + {ops:.5f} of its operations on {tally.ruler}: "
-        f"{times[0]} smaller, {times[1]} fewer operations"
+        f"Score      {params:.5f} of its parameters + {ops:.5f} of its operations on {tally.ruler}\n"
+        f"           {times[0]} smaller, {times[1]} fewer operations"
     )
 
 
