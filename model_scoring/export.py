@@ -72,7 +72,7 @@ def _export_onnx(network: nn.Module, checkpoint: Checkpoint, exports: Exports, s
     report = write_onnx(as_stored(network, exports.half_precision), inputs, path, exports.opset, about)
     say(
         f"{report.file_bytes:,} bytes -> {path} (ONNX, opset {exports.opset}; {len(report.quantized)} weights as "
-        f"symbols, which runtimes decode to 32 bit when they load it)"
+        f"symbols, which runtimes decode to 32 bit)"
     )
     if report.runtime:
         say(

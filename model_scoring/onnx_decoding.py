@@ -1,7 +1,7 @@
-"""Weights of an ONNX graph as symbols that the graph decodes: small in the file, dense once a runtime has loaded it.
+"""Weights of an ONNX graph as symbols that the graph decodes: small in the file, dense in the runtime.
 
-The operations are ONNX's oldest (Cast, Div, Mod, Gather, ...) on constants alone, so that runtimes fold them when they
-load the file. An initializer becomes
+The operations are ONNX's oldest (Cast, Div, Mod, Gather, ...) on constants alone, so that ONNX Runtime folds them when
+it loads the file; OpenVINO keeps CumSum, which masks need, and what follows it, in every run. An initializer becomes
 
     symbols  where few of its values are distinct: digits to the base of their number, as many a word as fit,
              and a table of what they stand for
