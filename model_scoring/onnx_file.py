@@ -1,8 +1,8 @@
 """A network as an ONNX file for standard runtimes, as it is evaluated, with its quantized weights as symbols.
 
 torch exports the network and merges BatchNorm; `onnx_decoding` makes the weights small. Runtimes decode them to
-dense ones: the file is small, the speed is at most the dense network's. What ONNX Runtime computes from the file is compared
-with torch before it is written.
+dense ones: the file is small, the speed is at most the dense network's. What ONNX Runtime computes from the file is
+compared with torch before it is written.
 """
 
 from __future__ import annotations
