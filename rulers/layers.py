@@ -86,9 +86,11 @@ class Layer:
 
     @property
     def shape(self) -> str:
-        """Kernel, input size, channels in and out, and how many of these are executed, for a reader."""
+        """Kernel, input size before padding, channels in and out, and how many of these are executed, for a reader."""
         filters, inputs, kernel = self.weights.shape
-        sizes = ["x".join(map(str, sides)) for sides in (self.weight.shape[2:], self.input.shape[2:])]
+        pad = self.input.producer
+        seen = pad.inputs[0] if pad and pad.operation == "constant_pad_nd" else self.input
+        sizes = ["x".join(map(str, sides)) for sides in (self.weight.shape[2:], seen.shape[2:])]
         where = f"{sizes[0]} at {sizes[1]}, " if kernel > 1 or all(sizes) else ""
         groups = self.node.arguments.get("groups", 1)
         dead = filters - int(self.live.sum())
