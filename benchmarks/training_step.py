@@ -10,7 +10,7 @@ is one. Each figure is the median over alternating rounds of `--steps` steps, af
     plain       torchvision's transforms image by image in 4 workers, 32 bit, NCHW, loss read back every step
     device      data and augmentation in batches on the device, channels-last layout (on CPUs), fused optimizer,
                 nothing read back
-    amp         the same in `--amp auto`, channels-last layout on GPUs too
+    amp         the same in `--amp auto` or as --amp says, channels-last layout on GPUs too
     compile     the same with `--compile`
 
 Beside them the share of the device's peak that the fastest one reaches: of the matrix rate (a large product in the
@@ -114,12 +114,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=LOOPS, help="what to compare with the plain loop")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--amp", choices=DTYPES, help="the arithmetic of the loops amp and compile (default: as --amp auto)")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    amp = fastest_arithmetic(device)
+    amp = args.amp or fastest_arithmetic(device)
     count = args.steps * args.batch_size
     images, labels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.randint(CLASSES, (count,))
     rate, bandwidth = peaks(device, DTYPES[amp])
@@ -137,7 +138,7 @@ def main() -> None:
         parts = max(speeds) * flop / rate, max(speeds) * moved / bandwidth
         shares.append([name, *(f"{part:.0%}" for part in parts), ("arithmetic", "memory")[parts[1] > parts[0]]])
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{where}, torch {torch.__version__}, amp auto is {amp}; batches of {args.batch_size}")
+    print(f"{where}, torch {torch.__version__}, mixed precision is {amp}; batches of {args.batch_size}")
     print(table(["trained images a second", "plain", *args.loops], rates))
     print(f"\nMeasured peaks: {rate / 1e12:.2f} TFLOP/s, {bandwidth / 1e9:.0f} GB/s")
     print(table(["share of the peak", "matrix rate", "bandwidth", "nearer bound"], shares))

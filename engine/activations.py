@@ -22,9 +22,9 @@ MULTIPLYING = (
 class QuantizedActivations(nn.Module):
     """`network` in evaluation, in which whatever is multiplied has `bits` bits: weights aside, which have their own.
 
-    Each place where something is multiplied has a grid of 2**bits equal steps, zero among them, that the first batch
-    decides: of some ranges within that of its values, that with the least squared error. Later values outside it are
-    clipped.
+    Each place where something is multiplied has a grid of 2**bits evenly spaced levels, zero among them, that the first
+    batch decides, without its labels: of some ranges within that of its values, that with the least squared error.
+    Later values outside it are clipped.
     """
 
     def __init__(self, network: nn.Module, bits: int):
@@ -43,7 +43,7 @@ class _Mode(TorchDispatchMode):
     def __init__(self, network: nn.Module, bits: int):
         super().__init__()
         self._steps = 2**bits - 1
-        self._stored = {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+        self._stored = {_storage(tensor) for tensor in (*network.parameters(), *network.buffers())}
         self._grids: list[tuple[Tensor, Tensor]] = []
         self._place = 0
 
@@ -61,7 +61,7 @@ class _Mode(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _quantized(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.data_ptr() in self._stored:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or _storage(value) in self._stored:
             return value
         if self._place == len(self._grids):
             self._grids.append(self._grid(value))
@@ -85,3 +85,8 @@ class _Mode(TorchDispatchMode):
             if error < least:
                 best, least = (step, zero), error
         return best
+
+
+def _storage(tensor: Tensor) -> int:
+    """What a tensor and its slices have in common."""
+    return tensor.untyped_storage().data_ptr()

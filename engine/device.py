@@ -16,7 +16,7 @@ from engine.program.errors import UserError
 from engine.program.report import say
 
 BF16_HARDWARE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # capabilities of CPUs that multiply bfloat16
-BF16_IS_FASTER = ("amx_bf16",)  # of CPUs on which that was measured to be faster than 32 bit
+BF16_IS_FASTER = ("amx_bf16",)  # of these, those on which bf16 is never slower than 32 bit
 # buffers are averaged after each epoch, and need no exchange before each forward pass; the flag's name in torch changes
 _FLAGS = inspect.signature(DistributedDataParallel).parameters
 WITHOUT_BUFFERS: dict[str, Any] = {next(f for f in ("forward_sync_buffers", "broadcast_buffers") if f in _FLAGS): False}
@@ -121,7 +121,8 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
 def fastest_arithmetic(device: torch.device) -> str:
     """What `--amp auto` means on `device`: on GPUs bf16, or fp16 on older ones; on CPUs bf16 with AMX, else off.
 
-    With AVX-512 BF16 alone, training was 12 to 18% slower in bf16 than in 32 bit, with AMX twice as fast.
+    With AVX-512 BF16 alone it depends on the CPU: training in bf16 was 12 to 18% slower on one, a third faster on
+    another (benchmarks/README.md). `--amp bf16` is for the latter.
     """
     if device.type == "cuda":
         used = range(torch.cuda.device_count()) if device.index is None else [device.index]

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.library import Library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -61,7 +62,7 @@ def meta_device(monkeypatch):
     optimizers = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim hides it
     supported = optimizers._get_fused_kernels_supported_devices
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*supported(), "meta"])
-    library = torch.library.Library("aten", "IMPL", "Meta")
+    library = Library("aten", "IMPL", "Meta")
     for name in ("_fused_adam_", "_fused_sgd_"):
         library.impl(name, lambda *args, **kwargs: None, allow_override=True)
 
