@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=LOOPS, help="what to compare with the plain loop")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--amp", choices=DTYPES, help="the arithmetic of the loops amp and compile (default: as --amp auto)")
+    parser.add_argument("--amp", choices=DTYPES, help="of the loops amp and compile (default: as auto)")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import distributed
 from engine.program import processes
 from engine.program.errors import UserError
-from engine.program.report import say
+from engine.program.report import narrate, say
 
 BF16_HARDWARE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # capabilities of CPUs that multiply bfloat16
 BF16_IS_FASTER = ("amx_bf16",)  # of these, those on which bf16 is never slower than 32 bit
@@ -110,9 +110,11 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
         how.append("compiled")
     if processes.world_size() > 1:
         how.append(f"{processes.world_size()} processes")
-    say(f"Running on {where}, {', '.join(how)}")
+    narrate(f"Running on {where}, {', '.join(how)}")
     if on_gpu and processes.world_size() == 1 and torch.cuda.device_count() > 1:
-        say("Each batch is split over these GPUs; one process a GPU is faster: torchrun, or a sweep with --shard any")
+        narrate(
+            "Each batch is split over these GPUs; one process a GPU is faster: torchrun, or a sweep with --shard any"
+        )
     if amp != "off" and not on_gpu and not (amp == "bf16" and _cpu_has(BF16_HARDWARE)):
         say(f"This CPU has no {amp}: emulating it is many times slower than --amp auto, which takes 32 bit here")
     return Machine(device, amp, compile)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from engine import distributed
 from engine.evaluation import Diverged
-from engine.program.report import duration, say
+from engine.program.report import duration, narrate, say
 from engine.store.checkpoint import Content, expecting, read, save
 from engine.store.run_folder import Record, Run
 from engine.training import Trained
@@ -105,7 +105,7 @@ def fit(learner: Learner, phases: Sequence[Phase], run: Run) -> Record:
         if best is None or merit(record) > merit(best):
             best = record
             save(learner.best_network(best), run.folder / phase.best_file)
-        say(f"{learner.line(phase, record, best)}  {duration(time.monotonic() - began)}")
+        narrate(f"{learner.line(phase, record, best)}  {duration(time.monotonic() - began)}")
         began = time.monotonic()
 
     begun, trained = 0, phases[0].first
@@ -144,7 +144,7 @@ def _continue(learner: Learner, phases: Sequence[Phase], run: Run) -> tuple[int,
     elif not (run.folder / best_file).is_file():
         raise ValueError(f"{best_file} beside it is missing")
     of_phase = f" of phase {phases[at].name!r}" if phases[at].name else ""
-    say(f"  continuing after epoch {last['epoch']}{of_phase}")
+    narrate(f"  continuing after epoch {last['epoch']}{of_phase}")
     return at, last["epoch"], best
 
 

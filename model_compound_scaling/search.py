@@ -18,7 +18,7 @@ from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import scaled, wanted_spec
 from engine.program.processes import is_first
-from engine.program.report import say, table, with_unit
+from engine.program.report import narrate, say, table, with_unit
 from engine.store.checkpoint import Checkpoint, find, read, read_network
 from engine.store.run_folder import Record, Run, publish, resume_from, shaping
 from engine.store.run_list import list_of
@@ -71,14 +71,14 @@ def run(args: Namespace) -> int:
 def train_all(candidates: list[Candidate], objective: Objective, data: Data, machine: Machine, args: Namespace) -> int:
     """Train every candidate that is not finished; compare all."""
     save_dir = Path(args.save_dir)
-    runs = [Run(save_dir, f"{data.name}_{candidate.label}", shaping(candidate.recipe)) for candidate in candidates]
+    runs = [Run(save_dir, f"{data.name}_{one.label}", shaping(one.recipe), args.tensorboard) for one in candidates]
     if args.resume:
         resume_from(Path(args.resume), runs)
     results = []
     for candidate, point in zip(candidates, runs, strict=True):
-        say(f"\n{candidate.name}  ({point.folder})")
+        narrate(f"\n{candidate.name}  ({point.folder})")
         if point.result and not args.no_resume:
-            say(f"  finished before with {point.result['accuracy']:.2f}%")
+            narrate(f"  finished before with {point.result['accuracy']:.2f}%")
             row = point.result
         else:
             point.open(resume=not args.no_resume)
@@ -193,7 +193,7 @@ def train(candidate: Candidate, data: Data, machine: Machine, objective: Objecti
     network, spec = candidate.draw()
     row = {**size(network, data.image_size), "spec": spec}
     blocks = f"{row['blocks']} blocks of {row['channels']} channels, " if "blocks" in row else ""
-    say(f"  {blocks}{row['params']:,} parameters")
+    narrate(f"  {blocks}{row['params']:,} parameters")
     learner = Scratch(network, spec, data, machine, candidate.recipe, objective)
     best = fit(learner, learner.phases, run)
     row |= {"accuracy": best["accuracy"], "best_epoch": best["epoch"], "diverged": best.get("diverged")}

@@ -11,7 +11,7 @@ from engine.device import Machine
 from engine.evaluation import dense_flop
 from engine.images.batches import Data
 from engine.program.errors import UserError
-from engine.program.report import duration, say, table, with_unit
+from engine.program.report import duration, narrate, say, table, with_unit
 from engine.store.checkpoint import Checkpoint
 from model.levels import bits_of_grid
 from model.own import is_own, run_once
@@ -69,7 +69,7 @@ def show(checkpoint: Checkpoint, layers: Layers, verb: str, listed: bool) -> Non
             for (name, size), bits in zip(sizes.items(), layers.chosen.values(), strict=True)
         ]
         say("\n" + table([f"{verb.lower()} layer", "shape", "weights", "share", "bits"], rows))
-    say(
+    narrate(
         f"{verb}: {len(sizes)} layers with {with_unit(sum(sizes.values()))} of {with_unit(total)} parameters "
         f"({100 * sum(sizes.values()) / total:.1f}%){'' if listed else '; --dry-run lists them'}"
     )

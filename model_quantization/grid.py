@@ -19,7 +19,7 @@ from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import wanted_spec
 from engine.program.processes import is_first, world_size
-from engine.program.report import duration, say, short
+from engine.program.report import duration, narrate, say, short
 from engine.store.checkpoint import Checkpoint, as_built, find, read_network
 from engine.store.files import Held, hold
 from engine.store.run_folder import Record, Run, resume_from, shaping
@@ -87,20 +87,23 @@ def sweep(
 ) -> int:
     """Run this shard's pairs; compare all finished ones, after every pair and in the end."""
     save_dir, name = Path(args.save_dir), Path(recipes[0].model_dict).stem
-    runs = [Run(save_dir, f"{name}_s{short(recipe.s)}_g{recipe.g:g}", shaping(recipe)) for recipe in recipes]
+    runs = [
+        Run(save_dir, f"{name}_s{short(recipe.s)}_g{recipe.g:g}", shaping(recipe), args.tensorboard)
+        for recipe in recipes
+    ]
     if args.resume:
         resume_from(Path(args.resume), runs)
     if not args.shard and world_size() > 1:
         raise UserError("--shard any is for processes that know nothing of each other; leave it out under torchrun")
     if not args.epochs + args.retrain_epochs:
-        say("Quantized without training (--epochs 0 --retrain-epochs 0)")
+        narrate("Quantized without training (--epochs 0 --retrain-epochs 0)")
     shard, shards = args.shard or (1, 1)
     mine = list(zip(recipes, runs, strict=True))[shard - 1 :: shards]
     began, trained = time.monotonic(), 0
     for i, (recipe, pair) in enumerate(mine):
         left = f", about {duration((time.monotonic() - began) / trained * (len(mine) - i))} left" if trained else ""
         seed = f", seed {recipe.seed}" if len(set(args.seed)) > 1 else ""
-        say(f"\nPair {i + 1} of {len(mine)}{left}: s {short(recipe.s)}, g {recipe.g:g}{seed}  ({pair.folder})")
+        narrate(f"\nPair {i + 1} of {len(mine)}{left}: s {short(recipe.s)}, g {recipe.g:g}{seed}  ({pair.folder})")
         trained += run_if_due(learner, recipe, pair, args)
         if is_first() and i + 1 < len(mine):
             compare(runs, name, data, machine, args, last=False)
@@ -133,18 +136,18 @@ def run_if_due(learner: Callable[[Recipe], Quantization], recipe: Recipe, pair: 
     """Train a pair, unless it is finished or, with `--shard any`, another process is at it; whether it was trained."""
     result, trained = pair.result, False
     if result and not args.no_resume:
-        say(f"  finished before with {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
+        narrate(f"  finished before with {result['accuracy']:.2f}% at {result['zeros']:.2f}% zeros")
     else:
         try:
             pair.open(resume=not args.no_resume)
         except Held:
             if args.shard:
                 raise
-            say("  another process is working on it")
+            narrate("  another process is working on it")
             return False
         result, trained = run_pair(learner(recipe), pair), True
     if args.plot_ternarization and is_first():
-        say(f"  plot: {plot_ternarization(read_best(pair, result['phase']), pair, result)}")
+        narrate(f"  plot: {plot_ternarization(read_best(pair, result['phase']), pair, result)}")
     return trained
 
 

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from engine.program.errors import UserError
-from engine.program.report import say
+from engine.program.report import narrate
 from engine.store.checkpoint import read_network
 from model import ROWS, named
 from model_quantization.arguments import FP_MODELS
@@ -45,7 +45,7 @@ def _downloaded(url: str, folder: Path) -> Path:
     path = folder / url.rpartition("/")[2]
     if path.is_file():
         return path
-    say(f"Downloading {url}")
+    narrate(f"Downloading {url}")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL)

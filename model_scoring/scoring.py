@@ -17,7 +17,7 @@ from engine.images.batches import ImageRequest, load_data
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory
 from engine.program.network_flags import wanted_spec
-from engine.program.report import say
+from engine.program.report import narrate, say
 from engine.store.checkpoint import Checkpoint, find
 from engine.store.files import write_text
 from model import Spec, row_of
@@ -108,7 +108,7 @@ def run(args: Namespace) -> int:
 
     prune_depthwise(network, recipe.prune_threshold)
     inputs = f"input of {said(wanted.shapes)}" if wanted.shapes else f"image of {recipe.image_size} px"
-    say(f"{path or 'as it is built'}: {describe(checkpoint.spec)}, operations of one {inputs}")
+    narrate(f"{path or 'as it is built'}: {describe(checkpoint.spec)}, operations of one {inputs}")
     report, tally = score((checkpoint, network), before, dataset, recipe, images, exports)
     say_peak_memory()
     report["peak_memory"] = peak_memory()

@@ -26,7 +26,7 @@ from engine.images.sources import ClassFolders, Source, find_source
 from engine.program import processes
 from engine.program.errors import UserError
 from engine.program.interruptions import signals_held
-from engine.program.report import say
+from engine.program.report import narrate, say
 from model.registry import OF_CIFAR_NETWORKS, Preprocessing
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -283,7 +283,7 @@ def load_data(request: ImageRequest, device: torch.device) -> Data:
                 f"processes; start fewer"
             )
     where = request.name if DATASETS[request.name].source == "scikit-learn" else f"{request.name} in {request.path}"
-    say(f"{where}: {describe(data)}")
+    narrate(f"{where}: {describe(data)}")
     for caution in (*_cautions(data), *_cautions_of_sizes(request, source, data)):
         say(f"WARNING: {caution}")
     return data

@@ -14,7 +14,7 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from engine.program.errors import UserError, printable
-from engine.program.report import say
+from engine.program.report import narrate
 
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 ZIP_ENCODINGS = ("latin-1", "cp437")  # of names in archives that are not in UTF-8
@@ -50,7 +50,7 @@ def class_folders(path: Path, with_train: bool, split: str | None = None) -> tup
         )
     if (path / "val").is_dir() and (path / "test").is_dir():
         unused = "test" if val.name == "val" else "val"
-        say(f"{path}: validation on {val.name}/, {unused}/ is not used (--split {unused} takes that)")
+        narrate(f"{path}: validation on {val.name}/, {unused}/ is not used (--split {unused} takes that)")
     return splits
 
 
@@ -181,7 +181,7 @@ def image_files(split: Path, classes: Sequence[str], every_class: bool = True) -
         _walk(paths[name], {*above, _identity(paths[name])}, found)
         files += [(file, label) for file in sorted(found.images[before:])]
     for line in found.lines():
-        say(f"{split}: {line}")
+        narrate(f"{split}: {line}")
     lacking = set(range(len(classes))) - {label for _, label in files}
     if lacking and (every_class or not files):
         raise UserError(f"{paths[classes[min(lacking)]]}: holds no images ({', '.join(IMG_EXTENSIONS)})")

@@ -21,7 +21,7 @@ from engine.images.decoding import decode_all, side
 from engine.images.folders import class_folders, class_names, image_files, val_folder
 from engine.images.survey import Survey, stamp, survey
 from engine.program.errors import UserError
-from engine.program.report import say
+from engine.program.report import narrate, say
 
 DECODED_AS = "upright, on white"  # what is cached of class folders: with other words, it is made again
 
@@ -107,7 +107,7 @@ class ClassFolders:
         kept = root / ".cache" / f"{'all' if 'train' in self.files else 'val'}-{key}.json"
         found = survey(root, [file for files in self.files.values() for file in files], self.threads, kept)
         for line in found.lines:
-            say(f"{root}: {line}")
+            narrate(f"{root}: {line}")
         return found
 
     def read(self, split: str, size: int) -> tuple[Tensor, Tensor]:

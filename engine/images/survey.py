@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from engine.images.decoding import BITS, GONE, TOPS, BadImages, Fault, Range, White, deep_range
 from engine.program.errors import UserError
-from engine.program.report import progress, say
+from engine.program.report import narrate, progress
 from engine.store.files import write_whole
 
 THOROUGH = 4 * 2**30
@@ -98,7 +98,7 @@ def _look_at_all(root: Path, files: Files, threads: int) -> Survey:
     size = _total_size(files)
     thorough = size <= THOROUGH
     if len(files) > MANY or size > LARGE:
-        say(f"{root}: looking at {len(files):,} image files for damage; once, unless they change")
+        narrate(f"{root}: looking at {len(files):,} image files for damage; once, unless they change")
     chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
     sha, names, faults, ranges = hashlib.sha256(), _names(root, files), [], []
 

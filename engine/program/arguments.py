@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
         self.add_argument("--version", action="version", version=f"EC2T {version()}")
+        self.add_argument("--quiet", action="store_true", help="print results and warnings alone")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The arguments of a line of a file `@FILE`: as in a shell, a `#` begins a comment."""
@@ -216,6 +217,9 @@ def add_run_arguments(parser: Parser, save_dir: str) -> argparse._ArgumentGroup:
         nargs="+",
         default=[0],
         help="of all random draws; with several, everything is trained at each, and the table has means and deviations",
+    )
+    group.add_argument(
+        "--tensorboard", action="store_true", help="note every epoch for TensorBoard, in the run's events/"
     )
     group.add_argument("--list", action="store_true", help="list the runs in SAVE_DIR, and what differs, and stop")
     return group

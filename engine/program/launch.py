@@ -15,6 +15,7 @@ from engine.program.arguments import Parser
 from engine.program.errors import EXIT_LOST, EXIT_WRONG_INPUT, UserError, is_out_of_memory
 from engine.program.interruptions import INTERRUPTIONS, end_where_stuck, interruptions
 from engine.program.processes import Place, place
+from engine.program.report import set_quiet
 from model.own import OwnCodeError
 
 EXIT_BUG = EXIT_OUT_OF_MEMORY = 1
@@ -37,6 +38,7 @@ def launch(parser: Parser, program: str) -> None:
     if here:  # torch's own accounts of a lost process are tracebacks
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     args = parser.parse_args()
+    set_quiet(args.quiet)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     code, line, cause = 0, None, None

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from engine.program.errors import EXIT_LOST, PeerLost, UserError
 from engine.program.processes import Place
-from engine.program.report import say
+from engine.program.report import narrate
 
 if TYPE_CHECKING:  # where their types are
     from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -44,7 +44,7 @@ def meet(here: Place, facts: dict[str, str]) -> list[dict[str, str]]:
     """Wait until all processes are here; each brings `facts`. Return all of them, by the number of the process."""
     global _store
     where, deadline = f"{here.address}:{here.port}", time.monotonic() + JOIN_PATIENCE
-    say(f"Waiting for {here.world_size} processes at {where}")
+    narrate(f"Waiting for {here.world_size} processes at {where}")
     store = _store = _reach(here, deadline)
     if store.add(f"number {here.rank}", 1) > 1:
         raise UserError(f"two processes at {where} have RANK={here.rank}: give each its own number, as torchrun does")

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from engine.program.report import say
+from engine.program.report import narrate
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; macOS counts bytes, other systems KiB
 MIB = 2**20
@@ -42,4 +42,4 @@ def say_peak_memory() -> None:
         parts.append(f"{peak['child'] / MIB:,.0f} MiB in the largest child process")
     if "gpu" in peak:
         parts.append(f"{peak['gpu'] / MIB:,.0f} MiB of tensors on a GPU")
-    say(f"Peak memory: {', '.join(parts)}")
+    narrate(f"Peak memory: {', '.join(parts)}")

@@ -11,6 +11,14 @@ from engine.program.errors import printable
 
 Item = TypeVar("Item")
 
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether what `narrate` and `progress` show is left out."""
+    global _quiet  # one console
+    _quiet = quiet
+
 
 def say(line: str = "") -> None:
     """Print one line at once, also into a redirected log, without breaking a progress bar; first process only."""
@@ -20,9 +28,15 @@ def say(line: str = "") -> None:
     sys.stdout.flush()
 
 
+def narrate(line: str) -> None:
+    """`say` it, unless the user wants totals alone (`--quiet`)."""
+    if not _quiet:
+        say(line)
+
+
 def progress(items: Iterable[Item], description: str, total: int) -> "tqdm[Item]":
-    """Iterate with a progress bar on a terminal; silently where the console is redirected."""
-    silent = not (processes.is_first() and sys.stderr.isatty() and sys.stdout.isatty())
+    """Iterate with a progress bar on a terminal; silently with `--quiet`, and where the console is redirected."""
+    silent = _quiet or not (processes.is_first() and sys.stderr.isatty() and sys.stdout.isatty())
     return tqdm(items, desc=description, total=total, leave=False, disable=silent)
 
 

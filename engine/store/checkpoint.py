@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from engine.images.datasets import DATASETS, MAX_IMAGE_SIZE
 from engine.program.errors import UserError, is_out_of_memory
-from engine.program.report import say
+from engine.program.report import narrate, say
 from engine.store import formats, torch_file
 from engine.store.files import another, listing, write_whole
 from engine.store.tensors import check_values, tensors_in
@@ -236,7 +236,7 @@ def read(path: Path) -> Content:
         names = ", ".join(name.removeprefix("builtins.") for name in skipped)
         if not content:
             raise UserError(f"{path}: holds Python objects ({names}), and no tensors; {another(path)}")
-        say(f"{path}: skipped what is neither tensors nor plain values, nothing of it is executed ({names})")
+        narrate(f"{path}: skipped what is neither tensors nor plain values, nothing of it is executed ({names})")
     return dict(content) if type(content) is not OrderedDict else content
 
 
@@ -328,7 +328,7 @@ def tensors_of_own(spec: Spec, found: Mapping[str, Tensor], path: Path) -> Order
 
 def _say_notes(path: Path, fitted: Fit) -> None:
     for note in fitted.notes:
-        say(f"{path}: {note}")
+        narrate(f"{path}: {note}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@
     FOLDER/last.pt          the state after the last whole epoch: what resuming reads
     FOLDER/best*.pt         the best network so far (of each phase)
     FOLDER/log.jsonl        one JSON line an epoch
+    FOLDER/events/          the log for TensorBoard, with --tensorboard
     FOLDER/seconds          what the whole epochs took, over all processes that worked on this run
     FOLDER/result.json      written when the run is finished
     FOLDER/lock             held by the process that is working on this run, and named in it
@@ -15,6 +16,7 @@ The folder's name ends in a digest of the arguments: runs with different argumen
 
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +27,7 @@ from engine.program import processes
 from engine.program.errors import UserError
 from engine.program.report import say
 from engine.store.checkpoint import Content, read, save
+from engine.store.events import Events, check_tensorboard
 from engine.store.files import hold, write_text, write_whole
 
 Record = dict[str, Any]
@@ -43,10 +46,11 @@ def shaping(recipe: Any) -> Record:
 class Run:
     """One run in `parent`, found again by its label and its arguments.
 
-    `history`, one dict an epoch, and `state` come from `last.pt` when the run is resumed.
+    `history`, one dict an epoch, and `state` come from `last.pt` when the run is resumed. With `tensorboard`, epochs
+    are noted for it, too.
     """
 
-    def __init__(self, parent: Path, label: str, arguments: dict[str, Any]):
+    def __init__(self, parent: Path, label: str, arguments: dict[str, Any], tensorboard: bool = False):
         self.arguments = json.loads(json.dumps(arguments))
         digest = hashlib.sha256(json.dumps(self.arguments, sort_keys=True).encode()).hexdigest()
         self.label = label
@@ -54,6 +58,10 @@ class Run:
         self.history: list[Record] = []
         self.state: Content | None = None
         self._lock: TextIO | None = None
+        self._tensorboard = tensorboard
+        if tensorboard:
+            check_tensorboard()
+        self._events: Events | None = None
         self._counted_to = 0.0
 
     @property
@@ -87,6 +95,7 @@ class Run:
                 written = ("last.pt", "log.jsonl", "seconds")
                 for old in (*(self.folder / name for name in written), *self.folder.glob("best*.pt")):
                     old.unlink(missing_ok=True)
+                shutil.rmtree(self.folder / "events", ignore_errors=True)
         distributed.barrier()
         if resume and self.last.is_file():
             try:
@@ -127,6 +136,9 @@ class Run:
         self._write_log()
         write_text(self.folder / "seconds", f"{self.seconds:.3f}\n")
         self._counted_to = time.monotonic()
+        if self._tensorboard and processes.is_first():
+            self._events = self._events or Events(self.folder / "events", len(self.history) - 1)
+            self._events.add(record, len(self.history) - 1)
 
     @property
     def seconds(self) -> float:
@@ -143,6 +155,9 @@ class Run:
     def finish(self, result: Record) -> None:
         """Write the result, and let other processes at this run."""
         write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        if self._events:
+            self._events.close()
+            self._events = None
         if self._lock:  # the first process's
             self._lock.close()
             self._lock = None
