@@ -17,6 +17,7 @@ from rulers.tally import TASKS, Task
 
 T_MODELS = "model_scoring/trained_t_models"
 T_MODEL = "best_ternary_cifar_micronet.pt"  # unless the user says another
+FP_MODELS = "model_quantization/trained_fp_models"
 SAVED_LAYERS = "model_scoring/saved_layers"
 DESCRIPTION = """\
 Score a network by the rules of the MicroNet Challenge (2019): parameters and operations relative to the task's
@@ -72,7 +73,11 @@ def parser() -> Parser:
         help="what is counted runs on this instead of an image; once for each argument of the network, without the "
         "batch; 77:int64 for whole numbers",
     )
-    network.add_argument("--before", metavar="NAME", help="full-precision checkpoint to show beside it, at 32 bit")
+    network.add_argument(
+        "--before",
+        metavar="NAME",
+        help=f"full-precision checkpoint to show beside it, at 32 bit: a path, or a file name in {FP_MODELS}",
+    )
 
     _add_scoring_arguments(parser)
 
@@ -81,8 +86,8 @@ def parser() -> Parser:
     evaluation.add_argument("--val-batch-size", type=positive_int, default=256, help="validation images a step")
 
     export = parser.add_argument_group("export")
-    switch(export, "save", False, f"write each ternary layer as masks into {SAVED_LAYERS}")
-    switch(export, "pt-sparse", False, "write them as sparse COO tensors instead")
+    switch(export, "save", False, f"write each ternary layer as masks into {SAVED_LAYERS}/NAME")
+    switch(export, "pt-sparse", False, f"write them as sparse COO tensors into {SAVED_LAYERS}/NAME_coo")
     export.add_argument("--pack", metavar="FILE", help="write the network as a small .safetensors file")
     export.add_argument("--unpack", metavar="FILE", help="write the network as a .pt checkpoint")
     export.add_argument("--onnx", metavar="FILE", help="write it as an ONNX file with symbols for quantized weights")

@@ -44,11 +44,11 @@ class Exports:
 
 def export(network: nn.Module, checkpoint: Checkpoint, exports: Exports, shapes: Any) -> None:
     """Write what `exports` asks for; `shapes` of the network's inputs are as `rulers.count` takes them."""
-    if exports.masks or exports.coo:
-        folder = Path(SAVED_LAYERS) / checkpoint.path.stem
+    for coo in [False] * exports.masks + [True] * exports.coo:
+        folder = Path(SAVED_LAYERS) / f"{checkpoint.path.stem}{'_coo' * coo}"
         layers = {n: p.detach() for n, p in network.named_parameters() if p.ndim > 1 and is_ternary(p)}
         for name, weight in layers.items():
-            save_layer(weight, folder / f"{name.removesuffix('.weight')}.pt", coo=exports.coo)
+            save_layer(weight, folder / f"{name.removesuffix('.weight')}.pt", coo)
         say(f"{len(layers)} ternary layers -> {folder}")
     if exports.pack:
         current = Checkpoint(checkpoint.path, checkpoint.spec, network.state_dict(), checkpoint.extra)

@@ -22,7 +22,7 @@ from engine.store.checkpoint import Checkpoint, find
 from engine.store.files import write_text
 from model import Spec, row_of
 from model.identify import describe
-from model_scoring.arguments import T_MODEL, T_MODELS
+from model_scoring.arguments import FP_MODELS, T_MODEL, T_MODELS
 from model_scoring.export import Exports, export
 from model_scoring.networks import Wanted, examples, load, running, said
 from model_scoring.onnx_file import OnnxNetwork
@@ -134,7 +134,7 @@ def checked_path(args: Namespace, wanted: Wanted) -> Path | None:
 def load_before(name: str, wanted: Wanted, image_size: int | None) -> Loaded:
     """The full-precision network `--before`: of the wanted name, if any, but of any multipliers."""
     same = {key: value for key, value in wanted.spec.items() if key in ("name", "arguments")}
-    return load(find(name, Path(T_MODELS)), replace(wanted, spec=same), image_size)
+    return load(find(name, Path(FP_MODELS), Path(T_MODELS)), replace(wanted, spec=same), image_size)
 
 
 def default_dataset(spec: Spec) -> str:

@@ -202,16 +202,18 @@ def without_weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key not in PRETRAINED}
 
 
-def find(name: str, folder: Path) -> Path:
-    """Return the file `name`, a path or a bare name in `folder`; UserError lists the folder if there is none."""
-    for path in (folder / name, Path(name)):
+def find(name: str, *folders: Path) -> Path:
+    """Return the file `name`, a bare name in one of `folders`, or a path; else UserError."""
+    for path in (*(folder / name for folder in folders), Path(name)):
         if os.path.isfile(path):
             return path
     if os.path.isdir(name):
         raise UserError(f"{name!r} is a folder; pass a file in it ({listing(Path(name))})")
     if os.path.dirname(name):
         raise UserError(f"no file {name!r} ({listing(Path(name).parent)})")
-    raise UserError(f"no file {name!r}, neither as a path nor in {folder} ({listing(folder)})")
+    raise UserError(
+        f"no file {name!r}, neither as a path nor in {' nor '.join(map(str, folders))} ({listing(folders[0])})"
+    )
 
 
 def read(path: Path) -> Content:
