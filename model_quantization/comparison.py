@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 from engine.images.batches import Data
 from engine.program.report import short, table
-from engine.store.checkpoint import Content, expecting, read_network
+from engine.store.checkpoint import Checkpoint, Content, expecting, read_network
 from engine.store.files import write_text
 from engine.store.run_folder import Record, Run, publish
 from engine.store.run_list import differences, runs_in
@@ -36,11 +36,14 @@ class Best:
     rule: str
 
 
-def write(finished: list[tuple[Run, Record]], runs: list[Run], name: str, data: Data, choice: Choice) -> Best:
-    """Write the finished runs' results, the plots, and the best network, beside them, under `name`.
+def write(
+    finished: list[tuple[Run, Record]], runs: list[Run], checkpoint: Checkpoint, data: Data, choice: Choice
+) -> Best:
+    """Write the finished runs' results, the plots, and the best network, beside them, by the name of `checkpoint`.
 
     `runs` are all of this command's.
     """
+    name = checkpoint.path.stem
     results = [result for _, result in finished]
     save_dir, task = runs[0].folder.parent, task_of(data.name)
     threshold = task.threshold_percent if choice.threshold is None else choice.threshold
@@ -51,10 +54,13 @@ def write(finished: list[tuple[Run, Record]], runs: list[Run], name: str, data: 
     publish({key: value for key, value in content.items() if key != "layers"}, path, run, runs)
     write_text(save_dir / f"{name}_sweep.json", json.dumps(results, indent=2) + "\n")
     is_own_task = task.is_solved_by(data.name, len(data.classes))
-    held = threshold if is_own_task or choice.threshold is not None else None
+    lines = {"to hold": threshold} if is_own_task or choice.threshold is not None else {}
+    before = checkpoint.extra
+    if isinstance(before.get("accuracy"), float) and before.get("dataset") == data.name:
+        lines["full precision"] = before["accuracy"]
     title = f"{name}, {data.name}"
     pictures = [
-        plot_sweep(results, best, held, title, save_dir / f"{name}_sweep.png"),
+        plot_sweep(results, best, lines, title, save_dir / f"{name}_sweep.png"),
         plot_layers(content["assignments"], row, title, save_dir / f"{name}_layers.png"),
     ]
     return Best(best, path, pictures, rule)

@@ -32,9 +32,9 @@ from model_quantization.arguments import ALL, FP_MODEL, FP_MODELS
 from model_quantization.budget import Budget, widths_within
 from model_quantization.choosing import choose, say_costs, show
 from model_quantization.comparison import Choice, read_best, shown, write
-from model_quantization.plots import plot_ternarization
 from model_quantization.pretrained import published_weights
 from model_quantization.quantized_layers import AUTO
+from model_quantization.ternarization_plot import plot_ternarization
 from model_quantization.training import Quantization, Recipe
 from rulers import RULERS
 from rulers.tally import task_of
@@ -74,19 +74,25 @@ def run(args: Namespace) -> int:
         network = machine.place(checkpoint.network())
         accuracy = evaluate(network, data, machine.in_32_bit()).accuracy
         say(f"{checkpoint.path}: accuracy {accuracy:.2f}% before quantization")
+        checkpoint = replace(checkpoint, extra=checkpoint.extra | {"accuracy": accuracy, "dataset": data.name})
     objective = objective_of(recipes[0], teacher, machine)
 
     def learner(recipe: Recipe) -> Quantization:
         return Quantization(checkpoint, layers, data, machine, recipe, objective)
 
-    return sweep(learner, recipes, data, machine, args)
+    return sweep(learner, recipes, checkpoint, data, machine, args)
 
 
 def sweep(
-    learner: Callable[[Recipe], Quantization], recipes: list[Recipe], data: Data, machine: Machine, args: Namespace
+    learner: Callable[[Recipe], Quantization],
+    recipes: list[Recipe],
+    checkpoint: Checkpoint,
+    data: Data,
+    machine: Machine,
+    args: Namespace,
 ) -> int:
     """Run this shard's pairs; compare all finished ones, after every pair and in the end."""
-    save_dir, name = Path(args.save_dir), Path(recipes[0].model_dict).stem
+    save_dir, name = Path(args.save_dir), checkpoint.path.stem
     runs = [
         Run(save_dir, f"{name}_s{short(recipe.s)}_g{recipe.g:g}", shaping(recipe), args.tensorboard)
         for recipe in recipes
@@ -105,17 +111,23 @@ def sweep(
         seed = f", seed {recipe.seed}" if len(set(args.seed)) > 1 else ""
         narrate(f"\nPair {i + 1} of {len(mine)}{left}: s {short(recipe.s)}, g {recipe.g:g}{seed}  ({pair.folder})")
         trained += run_if_due(learner, recipe, pair, args)
+        if args.plot_ternarization and is_first() and (result := pair.result):
+            best = read_best(pair, result["phase"])
+            narrate(f"  plot: {plot_ternarization(best, pair, result, checkpoint.state_dict)}")
         if is_first() and i + 1 < len(mine):
-            compare(runs, name, data, machine, args, last=False)
-    return finish(compare(runs, name, data, machine, args, last=True), args) if is_first() else 0
+            compare(runs, checkpoint, data, machine, args, last=False)
+    return finish(compare(runs, checkpoint, data, machine, args, last=True), args) if is_first() else 0
 
 
-def compare(runs: list[Run], name: str, data: Data, machine: Machine, args: Namespace, last: bool) -> list[Record]:
+def compare(
+    runs: list[Run], checkpoint: Checkpoint, data: Data, machine: Machine, args: Namespace, last: bool
+) -> list[Record]:
     """Write what is finished of `runs`, and after the `last` pair say it; all results."""
-    with hold(runs[0].folder.parent / f"{name}_sweep.lock", wait=True):  # so that no table lacks what another finished
+    folder = runs[0].folder.parent
+    with hold(folder / f"{checkpoint.path.stem}_sweep.lock", wait=True):  # so that no table lacks what another finished
         finished = [(run, result) for run in runs if (result := run.result)]
         if finished:
-            best = write(finished, runs, name, data, Choice(args.select, args.threshold))
+            best = write(finished, runs, checkpoint, data, Choice(args.select, args.threshold))
         if finished and last:
             say("\n" + shown(finished, runs, best))
             say_test(best.path, data, machine)
@@ -146,8 +158,6 @@ def run_if_due(learner: Callable[[Recipe], Quantization], recipe: Recipe, pair: 
             narrate("  another process is working on it")
             return False
         result, trained = run_pair(learner(recipe), pair), True
-    if args.plot_ternarization and is_first():
-        narrate(f"  plot: {plot_ternarization(read_best(pair, result['phase']), pair, result)}")
     return trained
 
 

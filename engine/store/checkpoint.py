@@ -122,7 +122,7 @@ class Checkpoint:
                     f"{data_path} has {len(classes)}; pass --model-args that make it build as many"
                 )
             spec["arguments"] = without_weights(spec.get("arguments", {})) | {"num_classes": len(classes)}
-        extra = {key: value for key, value in self.extra.items() if key != "classes"}
+        extra = {key: value for key, value in self.extra.items() if key not in ("classes", "accuracy")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh = build(spec).state_dict()
