@@ -67,7 +67,7 @@ def test_labels_of_near_points_do_not_cover_each_other():
 def test_thresholds_are_where_the_assignment_changes(bits):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 50, 3), torch.nn.Conv2d(50, 7, 3))
     before = [network[i].weight.detach().flatten().clone() for i in (0, 1)]
-    layers = QuantizedLayers(network, {"0.weight": bits, "1.weight": bits}, 0.4, 0.1)
+    layers = QuantizedLayers(network, {"0.weight": bits, "1.weight": bits}, 0.9, 0.1)
     content = {"layers": layers.state_dict(), **layers.by_layer()}
     for (weights, assignment), original in zip(trained_weights(content), before, strict=True):
         assert torch.equal(weights, original)
