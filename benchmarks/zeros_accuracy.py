@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +30,7 @@ from engine.program.report import say
 from engine.store.checkpoint import Checkpoint, read_network
 from model import row_of
 from model.selection import pruning_candidates, ternary_candidates
+from model_quantization.drawing import label_points
 from model_quantization.quantized_layers import QuantizedLayers
 
 PRUNING_S, PRUNING_G = (0.1, 0.2, 0.3, 0.4, 0.5), 0.15
@@ -52,19 +54,19 @@ def point(
     return result
 
 
-def draw(curves: dict[str, list[dict]], baseline: float, title: str, path: Path) -> None:
-    """One line a curve; each point is labelled with its number of layers, or with s where it was pruned."""
+def draw(curves: dict[str, list[dict]], baseline: float, images: int, title: str, path: Path) -> None:
+    """One line a curve, with standard errors; each point's label is its number of layers, or s where it was pruned."""
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
     axes.axhline(baseline, color="#8a8a8a", ls=":", label=f"as published: {baseline:.2f}%")
-    for (label, points), colour in zip(curves.items(), ("#3f8f5f", "#c2553f", "#3f6fa8"), strict=False):
-        axes.plot([p["zeros"] for p in points], [p["accuracy"] for p in points], "o-", color=colour, label=label)
-        for p in points:
-            text = f"s {p['s']:g}" if p["prune"] else f"{p['layers']}"
-            axes.annotate(
-                text, (p["zeros"], p["accuracy"]), xytext=(4, 5), textcoords="offset points", fontsize=8, color=colour
-            )
+    for (label, points), style in zip(curves.items(), ("o-", "s--", "^:"), strict=False):
+        accuracy = np.array([p["accuracy"] for p in points])
+        errors = np.sqrt(accuracy * (100 - accuracy) / images)
+        axes.errorbar([p["zeros"] for p in points], accuracy, errors, fmt=style, ms=4, capsize=3, label=label)
     axes.set(xlabel="zeros (% of all parameters)", ylabel="accuracy (%)", title=title, ylim=(-3, 100))
     axes.legend(loc="center right")
+    everything = [p for points in curves.values() for p in points]
+    texts = [f"s {p['s']:g}" if p["prune"] else f"{p['layers']}" for p in everything]
+    label_points(axes, [(p["zeros"], p["accuracy"]) for p in everything], texts)
     figure.savefig(path, dpi=100)
 
 
@@ -101,7 +103,8 @@ def main() -> None:
         curves[f"n largest convolutions ternary, s {TERNARY_S:g}, g {g:g}"] = [
             point(checkpoint, data, machine, TERNARY_S, g, number, prune=False) for number in LARGEST
         ]
-    draw(curves, baseline, f"{model} on {data.num_val_images:,} validation images, no training", args.out)
+    number = data.num_val_images
+    draw(curves, baseline, number, f"{model} on {number:,} validation images, no training", args.out)
     args.out.with_suffix(".json").write_text(json.dumps({"baseline": baseline, **curves}, indent=2) + "\n")
 
 
