@@ -1,7 +1,8 @@
 """Weights of an ONNX graph as symbols that the graph decodes: small in the file, dense in the runtime.
 
-The operations are ONNX's oldest (Cast, Div, Mod, Gather, ...) on constants alone, so that ONNX Runtime folds them when
-it loads the file; OpenVINO keeps CumSum, which masks need, and what follows it, in every run. An initializer becomes
+The operations are ONNX's oldest (Cast, Div, Mod, Gather, ...) on constants alone, so that runtimes fold them when they
+load the file; CumSum, which masks would need and OpenVINO would keep in every run, is done by products of matrices. An
+initializer becomes
 
     symbols  where few of its values are distinct: digits to the base of their number, as many a word as fit,
              and a table of what they stand for
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     import onnx
 
 LEAST = 64  # values from which on an initializer is looked at
-FLOAT32, INT32 = 1, 6  # ONNX's numbers of types
+FLOAT32, INT32, INT64 = 1, 6, 7  # ONNX's numbers of types
+MASK = 600  # bytes of the nodes that decode a mask
+BLOCK = 64  # values whose running sum is one product with a triangular matrix
 EXACT = 1e-6  # of the largest value: what float32 products may differ by
 WORDS = ((np.uint8, 8), (np.uint16, 16), (np.int32, 31))  # types of words, and their bits
 
@@ -96,6 +99,7 @@ class _Decoder:
 
     def __init__(self) -> None:
         self.quantized: list[str] = []
+        self._triangle = ""
         self._groups: defaultdict[tuple[str, int], list[_Weight]] = defaultdict(list)
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], onnx.TensorProto] = {}
@@ -111,7 +115,7 @@ class _Decoder:
             weight.stream, weight.levels = levels.symbols.astype(np.int64), levels.values.astype(np.float32)
             self._groups["symbols", max(levels.values.size, 2)].append(weight)
             self.quantized.append(name)
-        elif flat.size / 8 + np.count_nonzero(flat) * stored.itemsize < stored.nbytes:
+        elif MASK + flat.size / 8 + np.count_nonzero(flat) * stored.itemsize < stored.nbytes:
             self._groups["masked", stored.itemsize].append(weight)
         elif stored.dtype == np.float16:
             self._groups["dense", stored.itemsize].append(weight)
@@ -139,7 +143,7 @@ class _Decoder:
         """From a part of a stream to the weight."""
         if weight.levels is not None:
             part = self._node("Gather", self._constant(weight.levels), part)
-        part = self._node("Reshape", part, self._constant(np.array(weight.shape, np.int64)))
+        part = self._reshaped(part, *weight.shape)
         if weight.scale is not None:
             self._node("Mul", part, self._constant(weight.scale))
         self._nodes[-1].output[0] = weight.name
@@ -154,10 +158,33 @@ class _Decoder:
 
     def _masked(self, stream: np.ndarray, values: str) -> tuple[str, int]:
         """What is zero where `stream` is, and elsewhere the next one of `values`."""
-        mask, length = self._digits((stream != 0).astype(np.int64), 2)
-        number = self._node("Mul", self._node("CumSum", mask, self._constant(np.array(0, np.int64))), mask)
+        there = (stream != 0).astype(np.int64)
+        mask, length = self._digits(np.pad(there, (0, -there.size % BLOCK)), 2)
+        mask = self._cast(mask)
+        sums = self._running_sums(mask, length)
+        number = self._cast(self._node("Mul", self._reshaped(sums, -1), mask), INT64)
         zero = np.zeros(1, np.float32 if stream.dtype.kind == "f" else np.int32)
         return self._node("Gather", self._node("Concat", self._constant(zero), values, axis=0), number), length
+
+    def _running_sums(self, counts: str, length: int) -> str:
+        """Sums of `counts`, float32 `[length]`, up to each of them, `[length / BLOCK, BLOCK]`: exact below 2**24."""
+        if not self._triangle:
+            row = self._cast(self._constant(np.arange(BLOCK, dtype=np.uint8)[None]), INT32)
+            later = self._node("Less", row, self._node("Transpose", row))
+            self._triangle = self._cast(self._node("Not", later))  # [i, j]: 1 where j >= i
+        within = self._node("MatMul", self._reshaped(counts, -1, BLOCK), self._triangle)
+        if length == BLOCK:
+            return within
+        number, filled = length // BLOCK, -(-length // BLOCK**2) * BLOCK
+        totals = self._node("Gather", within, self._constant(np.array([BLOCK - 1])), axis=1)
+        padding = self._constant(np.zeros((filled - number, 1), np.float32))
+        ends = self._running_sums(self._node("Concat", totals, padding, axis=0), filled)
+        start, end = (self._constant(np.array([n])) for n in (0, number))
+        ends = self._node("Slice", self._reshaped(ends, -1, 1), start, end, start)
+        return self._node("Add", within, self._node("Sub", ends, totals))
+
+    def _reshaped(self, name: str, *shape: int) -> str:
+        return self._node("Reshape", name, self._constant(np.array(shape, np.int64)))
 
     def _digits(self, symbols: np.ndarray, base: int) -> tuple[str, int]:
         """Symbols below `base` in words, decoded to int32 `[N]`, and N, which fills the last word."""
@@ -167,7 +194,7 @@ class _Decoder:
         column = self._cast(self._constant(words), INT32)
         shifted = self._node("Div", column, self._constant(powers.astype(np.int32)))
         digit = self._node("Mod", shifted, self._constant(np.array(base, np.int32)))
-        return self._node("Reshape", digit, self._constant(np.array([-1], np.int64))), symbols.size
+        return self._reshaped(digit, -1), symbols.size
 
     def _cast(self, name: str, to: int = FLOAT32) -> str:
         return self._node("Cast", name, to=to)
