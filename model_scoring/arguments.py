@@ -99,6 +99,11 @@ def parser() -> Parser:
         metavar="N",
         help="ONNX's version of operations, 18 to 23",
     )
+    export.add_argument(
+        "--shrink",
+        action="store_true",
+        help="leave dead channels out of the ONNX file, for speed: all but those that fill multiples of 8",
+    )
 
     add_data_arguments(
         parser,

@@ -104,7 +104,10 @@ def run(args: Namespace) -> int:
     images = None
     if args.eval:
         images = Images(dataset, args.data_path, args.val_batch_size, args.workers, args.cuda)
-    exports = Exports(args.save, args.pt_sparse, args.pack, args.unpack, args.halfprecision, args.onnx, args.onnx_opset)
+    if args.shrink and not args.onnx:
+        raise UserError("--shrink is for the ONNX file; pass --onnx FILE, or leave it out")
+    written = args.pack, args.unpack, args.halfprecision, args.onnx, args.onnx_opset, args.shrink
+    exports = Exports(args.save, args.pt_sparse, *written)
 
     prune_depthwise(network, recipe.prune_threshold)
     inputs = f"input of {said(wanted.shapes)}" if wanted.shapes else f"image of {recipe.image_size} px"

@@ -119,7 +119,7 @@ def test_pruned_weights_are_masks_and_values(tmp_path):
     report = written(stored, 12, tmp_path / "p.onnx")
     nonzero = int(stored[2].weight.count_nonzero())
     rest = sum(p.numel() for p in stored.parameters()) - stored[2].weight.numel()
-    assert report.file_bytes < stored[2].weight.numel() / 8 + 2 * nonzero + 2 * rest + 3000
+    assert report.file_bytes < stored[2].weight.numel() / 8 + 2 * nonzero + 2 * rest + 3300
 
 
 @given(st.integers(2, 255))
