@@ -245,7 +245,7 @@ class _Graph:
     def _is_dead(self, node: onnx.NodeProto, name: str) -> np.ndarray:
         """Which of the channels a reader can do without."""
         weight = self.constants[node.input[1]]
-        unread: np.ndarray = ~np.moveaxis(weight, 1, 0).reshape(weight.shape[1], -1).any(1)
+        unread = ~np.any(weight != 0, axis=(0, *range(2, weight.ndim)))
         known = self.known.get(name, np.full(len(unread), np.nan))
         return unread | (~np.isnan(known) & ((known == 0) | self._unpadded(node)))
 
