@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Augmented images a second: batches on the device against torchvision's transforms, one image at a time.
 
-    python benchmarks/data_pipeline.py [--images 10000] [--batch-size 128] [--rounds 3]
+    python benchmarks/data_pipeline.py [--images 10000] [--batch-size 128] [--rounds 3] [--photographs DIR]
 
 Random images of 32 px, with flip and crop (CIFAR-10) and with ColorJitter and Cutout as well (CIFAR-100); on the
 CPU, and on a GPU where there is one. Each figure is the median over alternating rounds of one epoch each. The plain
-pipeline has 4 worker processes; its epoch includes starting them, as every epoch's does.
+pipeline has 4 worker processes; its epoch includes starting them, as every epoch's does. With --photographs, a folder
+with train/ and val/ class folders, instead: those, at 224 px, against torchvision's ImageFolder with as many workers.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -16,13 +18,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.plain import plain_loader
 from engine.images.augment import Augmentation
-from engine.images.batches import ImagesInMemory
+from engine.images.batches import ImageRequest, ImagesInMemory, load_data
 from engine.program.report import table
+from model.registry import OF_CIFAR_NETWORKS
 
 AUGMENTATIONS = {
     "flip, crop": Augmentation(True, 4),
@@ -40,12 +46,39 @@ def seconds(batches: Iterable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def photographs(folder: str, batch_size: int, rounds: int) -> None:
+    """Print the images a second of an epoch of training images."""
+    workers = len(os.sched_getaffinity(0))
+    request = ImageRequest("ImageNet", folder, 224, batch_size=batch_size, workers=workers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ours = load_data(request, device)
+    steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    steps += [transforms.ToTensor(), transforms.Normalize(*OF_CIFAR_NETWORKS.photographs)]
+    plain = DataLoader(
+        ImageFolder(f"{folder}/train", transforms.Compose(steps)),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    used = ours.num_train_batches * batch_size
+    times = [(seconds(ours.train_batches(i), device), seconds(plain, device)) for i in range(rounds)]
+    ours_rate, plain_rate = (used / statistics.median(column) for column in zip(*times, strict=True))
+    rows = [[f"{workers} workers", f"{plain_rate:,.0f}", f"{ours_rate:,.0f}", f"{ours_rate / plain_rate:.2f}x"]]
+    print(table(["images a second", "ImageFolder", "ours", "ratio"], rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--photographs", metavar="DIR")
     args = parser.parse_args()
+    if args.photographs:
+        photographs(args.photographs, args.batch_size, args.rounds)
+        return
     images = torch.randint(256, (args.images, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(100, (args.images,))
     used = args.images // args.batch_size * args.batch_size

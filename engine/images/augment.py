@@ -189,7 +189,7 @@ def cutout_at(images: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 def unit_range(images: Tensor) -> Tensor:
     """Float32 images in [0, 1]: uint8 images are divided by 255, float images are taken to be in [0, 1]."""
     if images.dtype == torch.uint8:
-        return images.to(torch.float32) / 255
+        return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     if not images.is_floating_point():
         raise TypeError(f"images must be uint8 or floating point, not {images.dtype}")
     return images.to(torch.float32)
@@ -201,7 +201,8 @@ def normalise(images: Tensor, statistics: Statistics = CIFAR) -> Tensor:
     Images ``[N, 3, H, W]``, uint8 or float in [0, 1], in; float32 out. On its own, the evaluation path.
     """
     mean, std = (_row(values, images).view(1, -1, 1, 1) for values in statistics)
-    return (unit_range(images) - mean) / std
+    values = unit_range(images)
+    return (values.sub_(mean) if values is not images else values - mean).div_(std)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from engine.program import processes
 from engine.program.errors import UserError
 from engine.program.interruptions import signals_held
 from engine.program.report import narrate, say
-from model.registry import OF_CIFAR_NETWORKS, Preprocessing
+from model.registry import OF_CIFAR_NETWORKS, Preprocessing, Statistics
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -111,7 +111,7 @@ class ImagesInMemory:
 
 @dataclass(frozen=True)
 class Photographs(Dataset[tuple[Tensor, int] | BadImages]):
-    """Image files and their labels; `transform` makes a tensor `[3, H, W]` of each.
+    """Image files and their labels; `transform` makes a tensor `[H, W, 3]`, uint8, of each.
 
     Its random draws follow from `seed` and the image's index: however many workers share the work, the same
     seed gives the same images.
@@ -159,6 +159,8 @@ class ImagesOnDisk:
     device: torch.device
     digest: str
     """What distinguishes data sets of the same name: SHA-256 of all files' names and contents."""
+    statistics: Statistics
+    """What images are normalised by."""
     test: Photographs | None = None
 
     @property
@@ -218,7 +220,8 @@ class ImagesOnDisk:
                 del batches  # else the error's traceback holds them, and the workers end only seconds later
                 raise batch
             images, labels = batch
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            images, labels = (each.to(self.device, non_blocking=True) for each in (images, labels))
+            yield normalise(images.movedim(3, 1), self.statistics), labels
 
 
 Data = ImagesInMemory | ImagesOnDisk
@@ -314,7 +317,7 @@ def _on_disk(request: ImageRequest, source: ClassFolders, device: torch.device) 
     return ImagesOnDisk(
         request.name,
         source.classes,
-        Photographs(source.files["train"], for_training(preprocessing, size), found.white) if request.train else None,
+        Photographs(source.files["train"], for_training(size), found.white) if request.train else None,
         Photographs(source.files["val"], for_validation(preprocessing, val_size), found.white),
         size,
         val_size,
@@ -323,6 +326,7 @@ def _on_disk(request: ImageRequest, source: ClassFolders, device: torch.device) 
         request.workers,
         device,
         found.digest,
+        preprocessing.photographs,
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import re
 import shlex
 import sys
@@ -108,6 +109,11 @@ percent = _number(float, lambda v: 0 <= v <= 100, "a number from 0 to 100")
 positive_share = _number(float, lambda v: 0 < v <= 1, "a number above 0, and at most 1")
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def truth(text: str) -> bool:
     """Parse `True` or `False`, in any case, or 1 or 0."""
     if (lower := text.lower()) not in ("true", "false", "1", "0"):
@@ -158,7 +164,7 @@ def add_machine_arguments(parser: Parser, training: bool = True) -> argparse._Ar
     """Add the arguments that say where and, for programs with `training`, how a program computes."""
     group = parser.add_argument_group("machine")
     switch(group, "cuda", True, "use the GPUs that CUDA_VISIBLE_DEVICES names")
-    group.add_argument("--workers", type=_workers, default=4, metavar="N", help="processes that decode images")
+    group.add_argument("--workers", type=_workers, default=cores(), metavar="N", help="processes that decode images")
     if training:
         group.add_argument(
             "--amp",
