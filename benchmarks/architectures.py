@@ -152,7 +152,7 @@ def torch_mults(network: nn.Module, side: int, batch: int) -> int:
         counter = FlopCounterMode(display=False)
         try:
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-                torch.func.functional_call(network, tensors, images)
+                torch.func.functional_call(network, tensors, images, tie_weights=False)
             break
         except (RuntimeError, NotImplementedError):
             continue
