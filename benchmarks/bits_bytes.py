@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
 """Accuracy over bytes of a network whose weights are quantized to few bits, without a step of training.
 
-    python benchmarks/bits_bytes.py --t-model FILE --data-path DIR [--model MODULE:FUNCTION] [--out FILE.png]
+    python benchmarks/bits_bytes.py --t-model FILE --data-path DIR [--dataset NAME] [--model MODULE:FUNCTION]
 
 Each point from the pretrained network, with steps of least squared error: the layers that EC2T would take at b bits,
-all other weights of two dimensions or more at 8, entropy constraint g. DIR holds val/ with one folder a class. Writes a
-plot and, beside it, its points as JSON: accuracy with the values that are packed, bytes of the packed file, scores on
-two rulers.
+all other weights of two dimensions or more at 8, entropy constraint g. Writes a plot, --out, and beside it its points
+as JSON: accuracy with the values that are packed, bytes of the packed file, scores on two rulers.
 """
 
 import argparse
@@ -21,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +29,7 @@ import rulers
 from engine.device import Machine
 from engine.evaluation import as_stored, evaluate
 from engine.images.batches import Data, ImageRequest, load_data
+from engine.images.datasets import DATASETS
 from engine.program.report import say
 from engine.store.checkpoint import Checkpoint, read_network
 from model import row_of
@@ -36,9 +37,10 @@ from model.own import is_own, run_once
 from model.selection import ternary_candidates
 from model_quantization.quantized_layers import AUTO, QuantizedLayers
 from model_scoring.packing import write_packed
-from rulers.tally import TASKS
+from rulers.tally import task_of
 
 REST = 8  # bits of the other layers
+SHOWN = 40  # points of accuracy below the network's own that the plot shows
 
 
 def point(checkpoint: Checkpoint, data: Data, bits: int, g: float) -> dict:
@@ -63,7 +65,7 @@ def point(checkpoint: Checkpoint, data: Data, bits: int, g: float) -> dict:
         "bytes": report.file_bytes,
         "float32_bytes": report.float32_bytes,
         "entropy": layers.entropy(),
-        "scores": {name: tally.score(TASKS["ImageNet"]) for name, tally in tallies.items()},
+        "scores": {name: tally.score(task_of(data.name)) for name, tally in tallies.items()},
         "seconds to quantize": seconds,
     }
     say(json.dumps(result))
@@ -77,8 +79,13 @@ def draw(points: list[dict], baseline: dict, title: str, path: Path) -> None:
     widths = sorted({p["bits"] for p in points}, reverse=True)
     for bits, marker in zip(widths, "osD^v<>", strict=False):
         own = [p for p in points if p["bits"] == bits]
-        axes.plot([p["bytes"] / 1e6 for p in own], [p["accuracy"] for p in own], f"{marker}-", label=f"{bits} bit")
-    axes.set(xlabel="packed file (MB)", ylabel="accuracy (%)", title=title, xlim=(0, None))
+        accuracy = np.array([p["accuracy"] for p in own])
+        errors = np.sqrt(accuracy * (100 - accuracy) / baseline["images"])
+        place = [p["bytes"] / 1e6 for p in own]
+        axes.errorbar(place, accuracy, errors, fmt=f"{marker}-", capsize=3, label=f"{bits} bit")
+    least = min(p["accuracy"] for p in points if p["accuracy"] > baseline["accuracy"] - SHOWN)
+    axes.set(xlabel="packed file (MB)", ylabel="accuracy (%)", title=title, ylim=(least - 2, baseline["accuracy"] + 2))
+    axes.set(xlim=(0, 1.05 * max(p["bytes"] for p in points) / 1e6))
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=100)
 
@@ -88,6 +95,7 @@ def main() -> None:
     parser.add_argument("--t-model", type=Path, required=True, metavar="FILE")
     parser.add_argument("--model", metavar="MODULE:FUNCTION", help="its builder, where it is one's own")
     parser.add_argument("--data-path", required=True, metavar="DIR")
+    parser.add_argument("--dataset", choices=DATASETS, default="ImageNet")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3, 2])
     parser.add_argument("--g", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.15])
     parser.add_argument("--image-size", type=int)
@@ -95,9 +103,10 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = read_network(args.t_model, {"name": args.model} if args.model else {})
     row = row_of(checkpoint.spec["name"])
-    size = args.image_size or (224 if is_own(checkpoint.spec["name"]) else row.image_size)
+    size = args.image_size or DATASETS[args.dataset].native_size
+    size = size or (224 if is_own(checkpoint.spec["name"]) else row.image_size)
     request = ImageRequest(
-        *("ImageNet", args.data_path),
+        *(args.dataset, args.data_path),
         image_size=size,
         val_batch_size=50,
         workers=2,
