@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -100,6 +101,19 @@ class Run:
         raise OwnCodeError(f"the network returns {found}, not logits [N, classes]; wrap it in a builder that does")
 
 
+@contextmanager
+def every_operation() -> Iterator[None]:
+    """Let attention run operation by operation: torch's fast path takes whole blocks, without their modules."""
+    import torch
+
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def run_once(network: nn.Module, image_size: int) -> Run:
     """Run `network`, which is afterwards in evaluation mode, on a grey image; its lazy modules know their sizes then.
 
@@ -109,8 +123,6 @@ def run_once(network: nn.Module, image_size: int) -> Run:
 
     network.eval()
     layers: dict[nn.Module, None] = {}
-    fast, enabled = torch.backends.mha, torch.backends.mha.get_fastpath_enabled()
-    fast.set_fastpath_enabled(False)  # it runs whole blocks without their modules
     handles = [
         module.register_forward_pre_hook(lambda module, _: layers.setdefault(module))
         for module in network.modules()
@@ -118,7 +130,7 @@ def run_once(network: nn.Module, image_size: int) -> Run:
     ]
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), every_operation():
             outputs = network(torch.zeros(1, 3, image_size, image_size, device=device))
     except Exception as error:  # whatever the user's code makes of it
         _pass_memory_errors(error)
@@ -126,7 +138,6 @@ def run_once(network: nn.Module, image_size: int) -> Run:
             f"the network does not run on an image of {image_size} px ({reason(error)}); pass another --image-size"
         ) from None
     finally:
-        fast.set_fastpath_enabled(enabled)
         for handle in handles:
             handle.remove()
     return Run(list(layers), outputs)

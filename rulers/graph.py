@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only, tree_unflatten
 
+from model.own import every_operation
 from rulers.untouched import untouched, untouched_randomness
 from rulers.values import Memory, Node, Region, Shape, Stored, Value
 
@@ -112,13 +113,8 @@ class _Recorder(TorchDispatchMode):
         for tensor in own:
             memory = self._enter(tensor.untyped_storage(), Memory(False, None))
             memory.values[Region.of(tensor)] = Value(Region.of(tensor))
-        fast, enabled = torch.backends.mha, torch.backends.mha.get_fastpath_enabled()
-        fast.set_fastpath_enabled(False)
-        try:
-            with self._places(), self, _Twins(self) if self.on_meta else nullcontext():
-                results = self.network(*own)
-        finally:
-            fast.set_fastpath_enabled(enabled)
+        with every_operation(), self._places(), self, _Twins(self) if self.on_meta else nullcontext():
+            results = self.network(*own)
         self._add_node("return", {"results": [self.value(tensor) for tensor in tensors_in(results)]})
         return self.nodes
 

@@ -83,3 +83,21 @@ def test_multiplications_count_at_the_wider_of_activation_and_weight():
     stated = count(network, 8, Widths(16, 16, 32))
     saved = sum(line.mults * 8 for name, line in lines(stated).items() if name != "conv")
     assert round((stated.total_mflop - tally.total_mflop) * 32e6) == saved
+
+
+def test_attention_rounds_what_it_reads_and_not_its_stored_weights():
+    """Query, key and value read slices of one stored weight; torch's fast path would round nothing."""
+    torch.manual_seed(0)
+    network, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 5, 8)
+    seen = levels_read(network, x, bits=3)
+    assert len(seen) >= 8 and max(seen) <= 8
+    with torch.no_grad():
+        assert not torch.equal(QuantizedActivations(network, 3)(x), network(x))
+    read = []
+    quantized = QuantizedActivations(nn.MultiheadAttention(8, 2, batch_first=True).eval(), 8)
+    original = quantized._mode._rounded
+    quantized._mode._rounded = lambda value, *grid: (read.append(tuple(value.shape)), original(value, *grid))[1]
+    shapes = {(8, 8), (24, 8), (8, 24)}
+    with torch.no_grad(), quantized._mode:
+        quantized.network(x, x + 1, x + 2)
+    assert read and not shapes & set(read)
