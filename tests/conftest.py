@@ -98,6 +98,12 @@ def packed(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def packed_1() -> bytes:
+    """A packed file of version 1."""
+    return (Path(__file__).parent / "reference" / "packed_version_1.safetensors").read_bytes()
+
+
 @pytest.fixture(scope="session")
 def resnet(tmp_path_factory) -> Path:
     """The checkpoint of a ResNet-20 for digits, untrained: enough wherever accuracy does not matter."""
