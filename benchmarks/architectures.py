@@ -43,6 +43,7 @@ HEADERS = (
     *("seconds", "MiB", "peak"),
 )
 REPEATED = ("timm:convit_tiny", "timm:edgenext_xx_small", "timm:sequencer2d_s")  # ahead, but once an image
+FEW_VALUES = ("timm:tresnet_m",)
 # So that no network pays for what torch imports to trace one.
 WARM_UP = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
 HEAD = """\
@@ -56,7 +57,8 @@ What the `challenge` ruler counts of torchvision's classification networks and o
   `torch.utils.flop_counter.FlopCounterMode` counts; "ahead" are products that don't depend on the image (position
   biases, the first step of an LSTM from zeros), which are computed ahead of inference. Their number is that of the
   products which torch counts once for two images; ConViT, EdgeNeXt and Sequencer repeat theirs for each image, and
-  there it is that of the layers' sizes, by hand.
+  there it is that of the layers' sizes, by hand. "Few values" are those of TResNet's blurring filters, three in each:
+  what they multiply is added up first, so that nine products are three.
 - **parameters** of the network, and those that no operation of it reads: classifiers beside the network's end, which
   run in training only.
 - **uncounted**: operations that have no rule. **by analogy**: share of the operations that the challenge's rules don't
@@ -107,7 +109,8 @@ def row(name: str) -> list[str]:
     mults = int(sum(group.total("mults") for group in groups))
     one, two = (torch_mults(network, side, batch) for batch in (1, 2))
     less = one - mults
-    note = "" if not less else " (ahead)" if less == 2 * one - two or name in REPEATED else " (?)"
+    ahead = less == 2 * one - two or name in REPEATED
+    note = "" if not less else " (ahead)" if ahead else " (few values)" if name in FEW_VALUES else " (?)"
     return [
         name.rpartition(":")[2],
         f"{mults:,}",

@@ -276,7 +276,7 @@ def _table() -> dict[str, Rule]:
     add("additions", per_element(0, 1), "add", named=True)  # residual
     add("additions", per_element(0, 1), "sub", "rsub", *_ONE_ADDITION)
     add("additions", per_element(1, 1), "lerp", "addcmul", "addcdiv")
-    add("additions", reduction_cost, *_REDUCTIONS)
+    add("additions", reduction_cost, *_REDUCTIONS, "col2im")  # which adds up patches where they overlap
     add("products", per_element(1, 0), "mul", named=True)  # squeeze and excitation
     add("products", per_element(1, 0), "div", "remainder", "fmod", *_ONE_MULTIPLICATION)
     add("products", power_cost, "pow")
