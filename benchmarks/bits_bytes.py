@@ -76,6 +76,7 @@ def draw(points: list[dict], baseline: dict, title: str, path: Path) -> None:
     """One line for each width, from the largest file to the smallest; the network itself as a dotted line."""
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
     axes.axhline(baseline["accuracy"], color="#8a8a8a", ls=":", label=f"32 bit, {baseline['bytes'] / 1e6:.1f} MB")
+    points = [p for p in points if p["accuracy"] > baseline["accuracy"] - SHOWN]
     widths = sorted({p["bits"] for p in points}, reverse=True)
     for bits, marker in zip(widths, "osD^v<>", strict=False):
         own = [p for p in points if p["bits"] == bits]
@@ -83,7 +84,7 @@ def draw(points: list[dict], baseline: dict, title: str, path: Path) -> None:
         errors = np.sqrt(accuracy * (100 - accuracy) / baseline["images"])
         place = [p["bytes"] / 1e6 for p in own]
         axes.errorbar(place, accuracy, errors, fmt=f"{marker}-", capsize=3, label=f"{bits} bit")
-    least = min(p["accuracy"] for p in points if p["accuracy"] > baseline["accuracy"] - SHOWN)
+    least = min(p["accuracy"] for p in points)
     axes.set(xlabel="packed file (MB)", ylabel="accuracy (%)", title=title, ylim=(least - 2, baseline["accuracy"] + 2))
     axes.set(xlim=(0, 1.05 * max(p["bytes"] for p in points) / 1e6))
     axes.legend(loc="lower right")

@@ -70,7 +70,7 @@ def shown(finished: list[tuple[Run, Record]], runs: list[Run], best: Best) -> st
     """The table of the results, those of earlier commands with what differs, and which is best by what."""
     results = [result for _, result in finished]
     row = results[best.index]
-    lines = [table_of(results, best.index)]
+    lines = [table_of(results, best.index), "", ruler_line(results)]
     if len({result["seed"] for result in results}) > 1:
         lines += ["", means(results)]
     if earlier := others(runs):
@@ -138,6 +138,7 @@ def select(results: list[Record], by: str, threshold: float) -> tuple[int, str]:
 def table_of(results: list[Record], best: int) -> str:
     """The table of all finished pairs, the best one marked."""
     seeds = ["seed"] * (len({r["seed"] for r in results}) > 1)
+    params = ["scoring params"] * differ_in_size(results)
     headers = [
         "s",
         "g",
@@ -146,7 +147,7 @@ def table_of(results: list[Record], best: int) -> str:
         "at 16 bit",
         "zeros",
         "entropy",
-        "scoring params",
+        *params,
         "MFLOP",
         "score",
         "best epoch",
@@ -162,7 +163,7 @@ def table_of(results: list[Record], best: int) -> str:
             f"{r['accuracy_16_bit']:.2f}%",
             f"{r['zeros']:.2f}%",
             f"{r['entropy']:.3f} bit",
-            f"{r['scoring_params']:,.0f}",
+            *(f"{r['scoring_params']:,.0f}" for _ in params),
             f"{r['mflop']:.2f}",
             f"{r['score']:.5f}",
             f"{r['phase']} {r['epoch']}",
@@ -172,6 +173,18 @@ def table_of(results: list[Record], best: int) -> str:
         for i, r in enumerate(results)
     ]
     return table(headers, rows)
+
+
+def differ_in_size(results: list[Record]) -> bool:
+    """Whether scoring params tell the results apart: on the published ruler they do not depend on zeros."""
+    return len(results) == 1 or len({r["scoring_params"] for r in results}) > 1
+
+
+def ruler_line(results: list[Record]) -> str:
+    """On which ruler the results are counted, and what is the same for all of them."""
+    rulers = " or ".join(dict.fromkeys(r["ruler"] for r in results))
+    same = "" if differ_in_size(results) else f"; scoring params are {results[0]['scoring_params']:,.0f} for all"
+    return f"Counted on the {rulers} ruler, with 16-bit values{same}"
 
 
 def means(results: list[Record]) -> str:

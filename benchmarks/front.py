@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""README's picture, accuracy over bytes, from the results in front.json beside this file.
+
+    python benchmarks/front.py
+
+Each result is a file's bytes and what it holds; benchmarks/README.md has the command of each.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
+
+HERE = Path(__file__).resolve().parent
+STYLES = {
+    "32 bit": ("#8a8a8a", "s"),
+    "published": ("#2b4a73", "^"),
+    "others, without training": ("#b8862b", "D"),
+    "here, without training": ("#3f8f5f", "v"),
+    "here, trained": ("#c2452d", "o"),
+}
+
+
+def size(number: float, _: object = None) -> str:
+    """Bytes as people write them."""
+    return f"{number / 1e6:g} MB" if number >= 1e6 else f"{number / 1e3:g} KB"
+
+
+def main() -> None:
+    panels = json.loads((HERE / "front.json").read_text())
+    figure, row = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), layout="constrained")
+    for axes, panel in zip(row, panels, strict=True):
+        for kind, (colour, marker) in STYLES.items():
+            points = sorted((bytes_, accuracy) for bytes_, accuracy, _ in panel["results"].get(kind, []))
+            line = ":" if kind == "here, without training" else ""
+            axes.plot(*zip(*points, strict=True) if points else ([], []), f"{marker}{line}", ms=8, c=colour, label=kind)
+        for bytes_, accuracy, what in itertools.chain(*panel["results"].values()):
+            axes.annotate(what, (bytes_, accuracy), xytext=(0, 8), textcoords="offset points", fontsize=8, ha="center")
+        axes.set_xscale("log")
+        axes.set_xticks(panel["ticks"])
+        axes.xaxis.set_major_formatter(FuncFormatter(size))
+        axes.xaxis.minorticks_off()
+        axes.set(xlim=panel["xlim"], ylim=panel["ylim"], xlabel="bytes of the file", title=panel["title"])
+        axes.grid(alpha=0.25)
+    row[0].set(ylabel="accuracy (%)")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
+    figure.savefig(HERE / "front.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
