@@ -25,11 +25,12 @@ LOSS_SCALE = 2.0**12  # of float16's gradients at the start of an epoch
 
 @dataclass(frozen=True)
 class Machine:
-    """The device and the arithmetic of a run: `amp` is "off", "bf16" or "fp16"."""
+    """The device and the arithmetic of a run: `amp` is "off", "bf16" or "fp16"; `graphs` are CUDA's, if compiled."""
 
     device: torch.device
     amp: str = "off"
     compile: bool = False
+    graphs: bool = False
 
     def place(self, network: nn.Module) -> nn.Module:
         """Move `network` to the device, in channels-last layout: faster on CPUs, and on GPUs in mixed precision."""
@@ -51,7 +52,8 @@ class Machine:
             network = DistributedDataParallel(network, **WITHOUT_BUFFERS)
         elif self.device.type == "cuda" and torch.cuda.device_count() > 1:
             network = nn.DataParallel(Autocast(network, self))
-        compiled: Any = torch.compile(network) if self.compile else network
+        mode = "reduce-overhead" if self.graphs else None
+        compiled: Any = torch.compile(network, mode=mode) if self.compile else network
         return compiled
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -83,9 +85,11 @@ class Autocast(nn.Module):
             return self.network(images)
 
 
-def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machine:
+def choose_machine(cuda: bool, amp: str = "off", compile: bool = False, graphs: bool = False) -> Machine:
     """Take the GPUs if wanted and there, else the CPU, and say which; `amp` as `--amp`."""
     on_gpu = cuda and torch.cuda.is_available()
+    if graphs and not on_gpu:
+        raise UserError("--cuda-graphs: there is no GPU here; leave it out")
     if processes.world_size() > 1:
         device = distributed.own_device(on_gpu)
         fastest = distributed.join(device, amp, fastest_arithmetic(device))
@@ -107,7 +111,7 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
         where = f"the CPU ({'no GPU found' if cuda else '--no-cuda'})"
     how = ["32 bit" if amp == "off" else amp]
     if compile:
-        how.append("compiled")
+        how.append("compiled to CUDA graphs" if graphs else "compiled")
     if processes.world_size() > 1:
         how.append(f"{processes.world_size()} processes")
     narrate(f"Running on {where}, {', '.join(how)}")
@@ -117,7 +121,7 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False) -> Machi
         )
     if amp != "off" and not on_gpu and not (amp == "bf16" and _cpu_has(BF16_HARDWARE)):
         say(f"This CPU has no {amp}: emulating it is many times slower than --amp auto, which takes 32 bit here")
-    return Machine(device, amp, compile)
+    return Machine(device, amp, compile, graphs)
 
 
 def fastest_arithmetic(device: torch.device) -> str:

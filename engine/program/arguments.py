@@ -173,6 +173,13 @@ def add_machine_arguments(parser: Parser, training: bool = True) -> argparse._Ar
             help="mixed precision: bfloat16 or float16, what the hardware is fastest in, or 32 bit throughout",
         )
         switch(group, "compile", False, "compile the network with torch.compile: slow start, faster steps")
+        group.add_argument(
+            "--cuda-graphs",
+            dest="graphs",
+            action="store_true",
+            help="compile, and replay a step's forward and backward pass as CUDA graphs: for small networks on a GPU, "
+            "whose steps are bound by launches; not measured yet",
+        )
     return group
 
 
