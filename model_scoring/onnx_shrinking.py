@@ -167,7 +167,7 @@ class _Graph:
         """The axis of a constant that lies along the channels of `value`; -1 if there is none."""
         shape = self.constants[constant].shape
         axis = 1 - (len(self.shapes[value]) - len(shape))
-        return axis if axis >= 0 and shape[axis] > 1 else -1
+        return axis if 0 <= axis < len(shape) and shape[axis] > 1 else -1
 
     def _known(self) -> dict[str, np.ndarray]:
         """By value, what each of its channels is at every place and for every input; NaN where that depends."""

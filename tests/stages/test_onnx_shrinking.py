@@ -113,6 +113,22 @@ def test_a_constant_joins_the_bias_of_a_reader_that_pads_nothing():
     assert np.allclose(bias, (network[2].bias + gone).detach(), atol=1e-6)
 
 
+class Scalars(nn.Module):
+    """Values without channels, and such whose channels an unknown operation moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.LayerNorm(8)
+
+    def forward(self, images):
+        x = self.norm(self.conv(images).permute(0, 2, 3, 1))
+        return (x.mean((1, 2, 3)) * 2 + 1)[:, None]
+
+
+def test_values_without_channels_and_unknown_operations_stay():
+    assert compare(Scalars(), 4)[:2] == (0, 0)
+
+
 @pytest.mark.parametrize("builder", [mobilenet_v3_small, resnet18])
 def test_networks_with_gates_and_sums_lose_a_share_of_their_channels(builder):
     torch.manual_seed(0)
