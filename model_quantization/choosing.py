@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from engine.device import Machine
 from engine.evaluation import dense_flop
 from engine.images.batches import Data
 from engine.program.errors import UserError
-from engine.program.report import duration, narrate, say, table, with_unit
+from engine.program.report import duration, say, table, with_unit
 from engine.store.checkpoint import Checkpoint
 from model.levels import bits_of_grid
 from model.own import is_own, run_once
@@ -58,8 +59,8 @@ def choose(checkpoint: Checkpoint, image_size: int, patterns: Patterns, kind: st
     return Layers(bits, fixed)
 
 
-def show(checkpoint: Checkpoint, layers: Layers, verb: str, listed: bool) -> None:
-    """Say which layers are chosen; if `listed`, list them, each with its share of all parameters."""
+def show(checkpoint: Checkpoint, layers: Layers, verb: str, listed: bool, tell: Callable[[str], None]) -> None:
+    """Tell which layers are chosen; if `listed`, list them, each with its share of all parameters."""
     weights = dict(checkpoint.network().named_parameters())
     sizes = {name: weights[name].numel() for name in layers.chosen}
     total = sum(p.numel() for p in weights.values())
@@ -68,8 +69,8 @@ def show(checkpoint: Checkpoint, layers: Layers, verb: str, listed: bool) -> Non
             [name, "x".join(map(str, weights[name].shape)), f"{size:,}", f"{100 * size / total:.2f}%", bits]
             for (name, size), bits in zip(sizes.items(), layers.chosen.values(), strict=True)
         ]
-        say("\n" + table([f"{verb.lower()} layer", "shape", "weights", "share", "bits"], rows))
-    narrate(
+        tell("\n" + table([f"{verb.lower()} layer", "shape", "weights", "share", "bits"], rows))
+    tell(
         f"{verb}: {len(sizes)} layers with {with_unit(sum(sizes.values()))} of {with_unit(total)} parameters "
         f"({100 * sum(sizes.values()) / total:.1f}%){'' if listed else '; --dry-run lists them'}"
     )

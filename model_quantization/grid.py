@@ -67,7 +67,8 @@ def run(args: Namespace) -> int:
         layers = replace(layers, chosen=bits)
         recipes = [replace(recipe, bits=tuple(bits.items())) for recipe in recipes]
     not_as_published = is_own(checkpoint.spec["name"]) or recipes[0].patterns != Patterns()
-    show(checkpoint, layers, "Pruned" if args.do_prune else "Quantized", args.dry_run or not_as_published)
+    verb, listed = "Pruned" if args.do_prune else "Quantized", args.dry_run or not_as_published
+    show(checkpoint, layers, verb, listed, say if args.dry_run else narrate)
     if args.dry_run:
         say_costs(checkpoint, data, machine)
         return 0
