@@ -138,13 +138,13 @@ def select(results: list[Record], by: str, threshold: float) -> tuple[int, str]:
 def table_of(results: list[Record], best: int) -> str:
     """The table of all finished pairs, the best one marked."""
     seeds = ["seed"] * (len({r["seed"] for r in results}) > 1)
-    params = ["scoring params"] * differ_in_size(results)
+    params = ["params"] * differ_in_size(results)
     headers = [
         "s",
         "g",
         *seeds,
         "accuracy",
-        "at 16 bit",
+        "16 bit",
         "zeros",
         "entropy",
         *params,
@@ -184,7 +184,7 @@ def ruler_line(results: list[Record]) -> str:
     """On which ruler the results are counted, and what is the same for all of them."""
     rulers = " or ".join(dict.fromkeys(r["ruler"] for r in results))
     same = "" if differ_in_size(results) else f"; scoring params are {results[0]['scoring_params']:,.0f} for all"
-    return f"Counted on the {rulers} ruler, with 16-bit values{same}"
+    return f"Counted on the {rulers} ruler, with values of 16 bit{same}"
 
 
 def means(results: list[Record]) -> str:
