@@ -8,6 +8,7 @@ Each result is a file's bytes and what it holds; benchmarks/README.md has the co
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model_quantization.drawing import label_points
 
 HERE = Path(__file__).resolve().parent
 STYLES = {
@@ -40,8 +45,6 @@ def main() -> None:
             points = sorted((bytes_, accuracy) for bytes_, accuracy, _ in panel["results"].get(kind, []))
             line = ":" if kind == "here, without training" else ""
             axes.plot(*zip(*points, strict=True) if points else ([], []), f"{marker}{line}", ms=8, c=colour, label=kind)
-        for bytes_, accuracy, what in itertools.chain(*panel["results"].values()):
-            axes.annotate(what, (bytes_, accuracy), xytext=(0, 8), textcoords="offset points", fontsize=8, ha="center")
         axes.set_xscale("log")
         axes.set_xticks(panel["ticks"])
         axes.xaxis.set_major_formatter(FuncFormatter(size))
@@ -50,6 +53,9 @@ def main() -> None:
         axes.grid(alpha=0.25)
     row[0].set(ylabel="accuracy (%)")
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
+    for axes, panel in zip(row, panels, strict=True):
+        points = list(itertools.chain(*panel["results"].values()))
+        label_points(axes, [(bytes_, accuracy) for bytes_, accuracy, _ in points], [what for _, _, what in points])
     figure.savefig(HERE / "front.png", dpi=130)
 
 
