@@ -4,8 +4,7 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -62,9 +61,9 @@ def meta_device(monkeypatch):
     optimizers = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim hides it
     supported = optimizers._get_fused_kernels_supported_devices
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*supported(), "meta"])
-    library = Library("aten", "IMPL", "Meta")
+    kernels = library.Library("aten", "IMPL", "Meta")
     for name in ("_fused_adam_", "_fused_sgd_"):
-        library.impl(name, lambda *args, **kwargs: None, allow_override=True)
+        kernels.impl(name, lambda *args, **kwargs: None, allow_override=True)
 
     class OnCpu(torch.Generator):
         def __new__(cls, device=None):
@@ -78,7 +77,7 @@ def meta_device(monkeypatch):
 
     monkeypatch.setattr(engine.images.batches, "torch", Torch())
     yield
-    library._destroy()
+    kernels._destroy()
 
 
 def images() -> ImagesInMemory:
