@@ -186,8 +186,8 @@ def count_all(loaded: Loaded, recipe: Recipe) -> dict[str, Tally]:
     name, value = checkpoint.spec["name"], 16 if recipe.half_precision else 32
     with running(recipe.wanted, recipe.image_size):
         shapes = recipe.wanted.shapes or recipe.image_size
-        widths = {"value": value, "mul": recipe.mul_bits, "add": recipe.add_bits, "act": recipe.act_bits}
-        tallies = rulers.count(network, shapes, name, **widths)
+        bits = rulers.StatedWidths(value=value, mul=recipe.mul_bits, add=recipe.add_bits, act=recipe.act_bits)
+        tallies = rulers.count(network, shapes, name, **bits)
     if recipe.ruler not in tallies:
         known = ", ".join(RULERS[recipe.ruler].models)
         raise UserError(f"the {recipe.ruler} ruler has no form for {name}, only for {known}; take another --accounting")

@@ -9,13 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from model import ROWS, row_of
 from rulers.tally import Tally, Widths
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class StatedWidths(TypedDict, total=False):
+    """Bits of stored values, of the inputs of multiplications and of additions, and of activations."""
+
+    value: int
+    mul: int
+    add: int | None
+    act: int | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Ruler:
         return _count(network, model_name, shapes, {self.name: widths})[self.name]
 
 
-def count(network: nn.Module, shapes: Any, model_name: str = "", **widths: Any) -> dict[str, Tally]:
+def count(network: nn.Module, shapes: Any, model_name: str = "", **widths: Unpack[StatedWidths]) -> dict[str, Tally]:
     """Count a network on every ruler that knows it; it is run once, and is afterwards what it was.
 
     Args:
