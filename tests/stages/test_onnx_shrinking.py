@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import nn
-from torchvision.models import mobilenet_v3_small, resnet18
+from torchvision.models import mobilenet_v3_small
 
 from model_scoring.onnx_file import OnnxNetwork, exported
 from model_scoring.onnx_shrinking import shrink
@@ -61,7 +61,7 @@ def compare(network: nn.Module, size: int, multiple: int = 1) -> tuple[int, int,
     return removed, number, model
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     st.integers(0, 2**31),
     st.integers(2, 6),
@@ -129,10 +129,9 @@ def test_values_without_channels_and_unknown_operations_stay():
     assert compare(Scalars(), 4)[:2] == (0, 0)
 
 
-@pytest.mark.parametrize("builder", [mobilenet_v3_small, resnet18])
-def test_networks_with_gates_and_sums_lose_a_share_of_their_channels(builder):
+def test_a_network_with_gates_and_sums_loses_a_share_of_its_channels():
     torch.manual_seed(0)
-    network = builder(num_classes=10)
+    network = mobilenet_v3_small(num_classes=10)
     kill(network, 0.2, 0)
     removed, number, _ = compare(network, 32)
     assert removed > 0.2 * number
