@@ -12,7 +12,8 @@ from torch import nn
 from engine.device import Machine, choose_machine
 from engine.evaluation import dense_flop, say_test
 from engine.fit import fit
-from engine.images.batches import Data, ImageRequest, ImagesOnDisk, load_data
+from engine.images.batches import Data, ImageRequest, load_data
+from engine.images.photographs import ImagesOnDisk
 from engine.objective import SELF, Objective, objective_of, taught, teacher_checkpoint
 from engine.program.errors import UserError
 from engine.program.memory import peak_memory, say_peak_memory

@@ -199,16 +199,15 @@ class _Graph:
         return _evaluated(node, before[0], self.constants)
 
     def _binary(self, node: onnx.NodeProto, before: list[np.ndarray], channels: int) -> np.ndarray:
+        """What is known of a sum, difference or product; of a product, that it is zero where one factor is."""
         values, activations = [], iter(before)
         for name in node.input:
             if name not in self.constants:
                 values.append(next(activations))
-            elif self.constants[name].size in (1, channels) and (
-                self.constants[name].size == 1 or self._channel_axis(name, node.output[0]) >= 0
-            ):
-                values.append(np.broadcast_to(self.constants[name].reshape(-1), channels))
-            else:
-                values.append(np.full(channels, np.nan))
+                continue
+            flat = self.constants[name].reshape(-1)
+            alike = flat.size == channels and self._channel_axis(name, node.output[0]) >= 0
+            values.append(np.broadcast_to(flat if alike or flat.size == 1 else np.nan, channels))
         result = BINARY[node.op_type](*values)
         if node.op_type == "Mul":
             result = np.where((values[0] == 0) | (values[1] == 0), 0, result)
@@ -250,6 +249,7 @@ class _Graph:
         return unread | (~np.isnan(known) & ((known == 0) | self._unpadded(node)))
 
     def _read_less(self, node: onnx.NodeProto, name: str, keep: np.ndarray) -> None:
+        """Let a reader do without the channels that go: what it read of them joins its bias."""
         weight = self.constants[node.input[1]]
         known = np.nan_to_num(self.known.get(name, np.zeros(len(keep))))
         gone = (weight.reshape(*weight.shape[:2], -1).sum(2) * np.where(keep, 0, known)).sum(1)

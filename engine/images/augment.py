@@ -187,7 +187,7 @@ def cutout_at(images: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 
 
 def unit_range(images: Tensor) -> Tensor:
-    """Float32 images in [0, 1]: uint8 images are divided by 255, float images are taken to be in [0, 1]."""
+    """Float32 images in [0, 1]: uint8 images divided by 255, contiguous, or float images, which are taken to be so."""
     if images.dtype == torch.uint8:
         return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     if not images.is_floating_point():
@@ -201,8 +201,8 @@ def normalise(images: Tensor, statistics: Statistics = CIFAR) -> Tensor:
     Images ``[N, 3, H, W]``, uint8 or float in [0, 1], in; float32 out. On its own, the evaluation path.
     """
     mean, std = (_row(values, images).view(1, -1, 1, 1) for values in statistics)
-    values = unit_range(images)
-    return (values.sub_(mean) if values is not images else values - mean).div_(std)
+    values = unit_range(images)  # float32 images themselves, which are the caller's
+    return (values - mean if values is images else values.sub_(mean)).div_(std)
 
 
 @dataclass(frozen=True)
