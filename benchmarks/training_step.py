@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trained images a second: this project's loop against a plain one in the style of 2019, side by side in one run.
 
-    python benchmarks/training_step.py [--networks resnet20 micronet ...] [--loops device amp compile]
+    python benchmarks/training_step.py [--networks resnet20 micronet ...] [--loops device amp graphs compile]
                                        [--batch-size 128] [--steps 8] [--rounds 3]
 
 Random images of 32 px with CIFAR-100's augmentation; SGD with Nesterov momentum; on the CPU, or on a GPU where there
@@ -11,7 +11,8 @@ is one. Each figure is the median over alternating rounds of `--steps` steps, af
     device      data and augmentation in batches on the device, channels-last layout (on CPUs), fused optimizer,
                 nothing read back
     amp         the same in `--amp auto` or as --amp says, channels-last layout on GPUs too
-    compile     the same with `--compile`
+    graphs      the same with `--cuda-graphs`, on GPUs alone
+    compile     as amp, with `--compile`
 
 Beside them the share of the device's peak that the fastest one reaches: of the matrix rate (a large product in the
 same arithmetic) and of the memory bandwidth (a large copy), both measured in this run. A step's arithmetic is what
@@ -42,7 +43,7 @@ from engine.training import Epoch, train_epoch
 from model import build
 
 CLASSES = 100
-LOOPS = ("device", "amp", "compile")
+LOOPS = ("device", "amp", "graphs", "compile")
 NETWORKS = {
     "resnet20": {"name": "resnet20"},
     "micronet": {"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5},
@@ -112,7 +113,7 @@ def work(spec: dict, element_size: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=LOOPS, help="what to compare with the plain loop")
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, help="what to compare with the plain loop (default: all)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--amp", choices=DTYPES, help="of the loops amp and compile (default: as auto)")
     parser.add_argument("--steps", type=int, default=8)
@@ -121,6 +122,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     amp = args.amp or fastest_arithmetic(device)
+    loops = args.loops or [loop for loop in LOOPS if loop != "graphs" or device.type == "cuda"]
     count = args.steps * args.batch_size
     images, labels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.randint(CLASSES, (count,))
     rate, bandwidth = peaks(device, DTYPES[amp])
@@ -128,9 +130,14 @@ def main() -> None:
     rates, shares = [], []
     for name in args.networks:
         spec = {**NETWORKS[name], "num_classes": CLASSES}
-        machines = {"device": Machine(device), "amp": Machine(device, amp), "compile": Machine(device, amp, True)}
+        machines = {
+            "device": Machine(device),
+            "amp": Machine(device, amp),
+            "graphs": Machine(device, amp, graphs=True),
+            "compile": Machine(device, amp, compile=True),
+        }
         epochs = [plain_epoch(spec, images, labels, args.batch_size, device)]
-        epochs += [our_epoch(spec, images, labels, args.batch_size, machines[loop]) for loop in args.loops]
+        epochs += [our_epoch(spec, images, labels, args.batch_size, machines[loop]) for loop in loops]
         times = [[seconds(epoch, device) for epoch in epochs] for _ in range(args.rounds + 1)][1:]
         speeds = [count / statistics.median(column) for column in zip(*times, strict=True)]
         rates.append([name, *(f"{speed:,.0f} ({speed / speeds[0]:.1f}x)" for speed in speeds)])
@@ -139,7 +146,7 @@ def main() -> None:
         shares.append([name, *(f"{part:.0%}" for part in parts), ("arithmetic", "memory")[parts[1] > parts[0]]])
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, torch {torch.__version__}, mixed precision is {amp}; batches of {args.batch_size}")
-    print(table(["trained images a second", "plain", *args.loops], rates))
+    print(table(["trained images a second", "plain", *loops], rates))
     print(f"\nMeasured peaks: {rate / 1e12:.2f} TFLOP/s, {bandwidth / 1e9:.0f} GB/s")
     print(table(["share of the peak", "matrix rate", "bandwidth", "nearer bound"], shares))
 

@@ -25,7 +25,7 @@ LOSS_SCALE = 2.0**12  # of float16's gradients at the start of an epoch
 
 @dataclass(frozen=True)
 class Machine:
-    """The device and the arithmetic of a run: `amp` is "off", "bf16" or "fp16"; `graphs` are CUDA's, if compiled."""
+    """The device and the arithmetic of a run: `amp` is "off", "bf16" or "fp16"; with `graphs` steps are replayed."""
 
     device: torch.device
     amp: str = "off"
@@ -52,8 +52,7 @@ class Machine:
             network = DistributedDataParallel(network, **WITHOUT_BUFFERS)
         elif self.device.type == "cuda" and torch.cuda.device_count() > 1:
             network = nn.DataParallel(Autocast(network, self))
-        mode = "reduce-overhead" if self.graphs else None
-        compiled: Any = torch.compile(network, mode=mode) if self.compile else network
+        compiled: Any = torch.compile(network) if self.compile else network
         return compiled
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -90,6 +89,8 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False, graphs: 
     on_gpu = cuda and torch.cuda.is_available()
     if graphs and not on_gpu:
         raise UserError("--cuda-graphs: there is no GPU here; leave it out")
+    if graphs and (processes.world_size() > 1 or torch.cuda.device_count() > 1):
+        raise UserError("--cuda-graphs: one process on one GPU, which CUDA_VISIBLE_DEVICES names; see --shard any")
     if processes.world_size() > 1:
         device = distributed.own_device(on_gpu)
         fastest = distributed.join(device, amp, fastest_arithmetic(device))
@@ -110,8 +111,7 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False, graphs: 
     else:
         where = f"the CPU ({'no GPU found' if cuda else '--no-cuda'})"
     how = ["32 bit" if amp == "off" else amp]
-    if compile:
-        how.append("compiled to CUDA graphs" if graphs else "compiled")
+    how += ["compiled"] * compile + ["CUDA graphs"] * graphs
     if processes.world_size() > 1:
         how.append(f"{processes.world_size()} processes")
     narrate(f"Running on {where}, {', '.join(how)}")

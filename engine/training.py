@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine import distributed
+from engine.cuda_graph import Replayed
 from engine.device import Machine
 from engine.evaluation import Diverged
 from engine.images.batches import Data
@@ -69,8 +70,8 @@ def train_epoch(
     torch.manual_seed(seed + processes.rank())
     scaler = machine.gradient_scaler()
     total = torch.zeros(2, device=machine.device)
-    bar = progress(data.train_batches(seed), description, data.num_train_batches)
-    for step, (images, labels) in enumerate(bar, start=1):
+
+    def train(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
         with machine.autocast():
             logits = network(images)
@@ -78,7 +79,12 @@ def train_epoch(
         scaler.scale(loss).backward()
         scaler.step(cast(Optimizer, optimizer))  # it needs no more than a Stepper has
         scaler.update()
-        total += torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).float().mean()])
+        total.add_(torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).float().mean()]))
+
+    train_on = Replayed(train) if machine.graphs else train
+    bar = progress(data.train_batches(seed), description, data.num_train_batches)
+    for step, (images, labels) in enumerate(bar, start=1):
+        train_on(images, labels)
         if step % STEPS_BETWEEN_LOOKS == 0 or step == data.num_train_batches:
             mean, right = distributed.all_reduce(total / (step * processes.world_size())).tolist()
             if not math.isfinite(mean):

@@ -54,7 +54,6 @@ def run(args: Namespace) -> int:
     model = checkpoint.spec["name"] if checkpoint else args.model
     is_scaled = not checkpoint and (not model or row_of(model).family == "micronet")
     multipliers = grid_of(args) if is_scaled else []
-    args.compile |= args.graphs
     machine = choose_machine(args.cuda, args.amp, args.compile, args.graphs)
     data = load_data(request_of(row_of(model or "imagenet_micronet"), args), machine.device)
     if checkpoint:

@@ -52,7 +52,6 @@ def run(args: Namespace) -> int:
     if args.budget and (args.bits or args.retrain_only):
         raise UserError("--budget chooses the bits; leave it out, or --bits and --retrain-only")
     checkpoint = full_precision(args)
-    args.compile |= args.graphs
     machine = choose_machine(args.cuda, args.amp, args.compile, args.graphs)
     data = load_data(request_of(checkpoint, args), machine.device)
     checkpoint = checkpoint.run_at(data.image_size)

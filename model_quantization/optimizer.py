@@ -30,7 +30,8 @@ class EC2TOptimizer:
             groups.append({"params": [layers.centroids], "lr": lr2})
         if layers.prune or not layers.frozen:
             groups.append({"params": [layers.weights]})
-        self.adam = torch.optim.Adam(groups, lr=lr, fused=True)
+        on_gpu = layers.weights.is_cuda
+        self.adam = torch.optim.Adam(groups, lr=lr, fused=True, capturable=on_gpu)  # by a CUDA graph
         # the parameters whose gradients backward leaves: a gradient scaler unscales them
         self.param_groups = [{"params": [*others, *layers.parameters]}]
         self._initial_lr = [group["lr"] for group in self.adam.param_groups]

@@ -203,7 +203,7 @@ class QuantizedLayers:
 
     def _searched(self, edges: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """As `_assigned`, layer by layer, by binary search among the edges of both sides."""
-        below = torch.nextafter(-edges[1], torch.tensor(-torch.inf, device=edges.device)).flip(1)
+        below = torch.nextafter(-edges[1], torch.full((), -torch.inf, device=edges.device)).flip(1)
         both = torch.cat([below, edges[0]], 1)  # w < -t and w > t, both as "exceeds"
         for i, rows in enumerate(self._rows):
             level = torch.bucketize(self.weights[rows], both[i], out_int32=True).sub_(self.most).float()

@@ -177,8 +177,7 @@ def add_machine_arguments(parser: Parser, training: bool = True) -> argparse._Ar
             "--cuda-graphs",
             dest="graphs",
             action="store_true",
-            help="compile, and replay a step's forward and backward pass as CUDA graphs: for small networks on a GPU, "
-            "whose steps are bound by launches; not measured yet",
+            help="replay each training step as one CUDA graph: for small networks, whose steps are bound by launches",
         )
     return group
 

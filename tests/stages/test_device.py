@@ -56,16 +56,13 @@ def test_compiling_for_several_gpus_needs_torchrun(gpus):
     assert device.choose_machine(cuda=True, compile=True).compile
 
 
-def test_cuda_graphs_are_asked_of_the_compiler_and_need_a_gpu(gpus, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda network, mode: asked.append(mode) or network)
-    for flags in ({"compile": True}, {"compile": True, "graphs": True}):
-        gpus(1)
-        device.choose_machine(cuda=True, **flags).runner(nn.Linear(2, 2))
-    assert asked == [None, "reduce-overhead"]
-    gpus(0)
-    with pytest.raises(UserError, match="no GPU here"):
-        device.choose_machine(cuda=True, compile=True, graphs=True)
+@pytest.mark.parametrize("count, line", [(0, "there is no GPU here"), (2, "one process on one GPU")])
+def test_cuda_graphs_need_one_gpu(gpus, count, line):
+    gpus(1)
+    assert device.choose_machine(cuda=True, graphs=True).graphs
+    gpus(count)
+    with pytest.raises(UserError, match=f"--cuda-graphs: {line}"):
+        device.choose_machine(cuda=True, graphs=True)
 
 
 AMONG_TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
