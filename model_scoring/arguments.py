@@ -89,6 +89,11 @@ def parser() -> Parser:
     switch(export, "save", False, f"write each ternary layer as masks into {SAVED_LAYERS}/NAME")
     switch(export, "pt-sparse", False, f"write them as sparse COO tensors into {SAVED_LAYERS}/NAME_coo")
     export.add_argument("--pack", metavar="FILE", help="write the network as a small .safetensors file")
+    export.add_argument(
+        "--merge-batch-norm",
+        action="store_true",
+        help="first turn BatchNorm's means and variances into its factors and summands: smaller files, for inference",
+    )
     export.add_argument("--unpack", metavar="FILE", help="write the network as a .pt checkpoint")
     export.add_argument("--onnx", metavar="FILE", help="write it as an ONNX file with symbols for quantized weights")
     export.add_argument(

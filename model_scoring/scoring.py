@@ -23,6 +23,7 @@ from engine.store.files import write_text
 from model import Spec, row_of
 from model.identify import describe
 from model_scoring.arguments import FP_MODELS, T_MODEL, T_MODELS
+from model_scoring.batch_norm import merge_batch_norm
 from model_scoring.export import Exports, export
 from model_scoring.networks import Wanted, examples, load, running, said
 from model_scoring.onnx_file import OnnxNetwork
@@ -110,6 +111,8 @@ def run(args: Namespace) -> int:
     exports = Exports(args.save, args.pt_sparse, *written)
 
     prune_depthwise(network, recipe.prune_threshold)
+    if args.merge_batch_norm:
+        merge_batch_norm(network)
     inputs = f"input of {said(wanted.shapes)}" if wanted.shapes else f"image of {recipe.image_size} px"
     narrate(f"{path or 'as it is built'}: {describe(checkpoint.spec)}, operations of one {inputs}")
     report, tally = score((checkpoint, network), before, dataset, recipe, images, exports)
