@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -12,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from model.registry import row_of
 
 TERNARY = 2  # bits
+T = TypeVar("T")
 
 
 class NoSuchLayer(ValueError):
@@ -26,11 +28,13 @@ class Patterns:
         layers: those that are chosen; of none, the network's own choice is taken.
         without: those that are left out of it.
         bits: the widths of those that are not ternary; where several patterns match, the last one counts.
+        g: the entropy constraints of those that take another than the pair's, likewise.
     """
 
     layers: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     bits: tuple[tuple[str, int], ...] = ()
+    g: tuple[tuple[str, float], ...] = ()
 
 
 def ternary_candidates(network: nn.Module, model: str, ran: Sequence[nn.Module] = ()) -> list[str]:
@@ -70,13 +74,21 @@ def chosen(network: nn.Module, candidates: list[str], patterns: Patterns) -> dic
             raise NoSuchLayer(f"no layer's name matches {pattern!r} (there are {', '.join(weights)})")
     names = _matching(weights, patterns.layers) if patterns.layers else candidates
     left_out = set(_matching(weights, patterns.without))
-    bits = {name: TERNARY for name in names if name not in left_out}
-    for pattern, width in patterns.bits:
-        matched = _matching(bits, (pattern,))
+    return overridden({name: TERNARY for name in names if name not in left_out}, patterns.bits)
+
+
+def overridden(values: dict[str, T], said: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """`values` by layers' names, with those that are `said` of patterns; the last that matches counts.
+
+    NoSuchLayer where a pattern matches no name.
+    """
+    values = dict(values)
+    for pattern, value in said:
+        matched = _matching(values, (pattern,))
         if not matched:
-            raise NoSuchLayer(f"no chosen layer's name matches {pattern!r} (there are {', '.join(bits)})")
-        bits |= dict.fromkeys(matched, width)
-    return bits
+            raise NoSuchLayer(f"no chosen layer's name matches {pattern!r} (there are {', '.join(values)})")
+        values |= dict.fromkeys(matched, value)
+    return values
 
 
 def _matching(weights: Iterable[str], patterns: Sequence[str]) -> list[str]:

@@ -36,6 +36,8 @@ example: the published CIFAR-100 run, on the network that stage 1 left in its fo
 
 
 ALL = "*"  # the pattern of all layers
+SWEEP_G = [0.125, 0.15, 0.175]  # as in 2019
+BUDGET_G = [0.0, 0.05, 0.1]  # among which --budget chooses
 
 
 def _bits(text: str) -> tuple[str, int]:
@@ -44,6 +46,12 @@ def _bits(text: str) -> tuple[str, int]:
     if not re.fullmatch("[2-8]", bits):
         raise argparse.ArgumentTypeError(f"{text!r} is not B or PATTERN=B with B from 2 to 8")
     return pattern or ALL, int(bits)
+
+
+def _strength(text: str) -> float | tuple[str, float]:
+    """Parse `G` or `PATTERN=G`."""
+    pattern, _, g = text.rpartition("=")
+    return (pattern, fraction(g)) if pattern else fraction(text)
 
 
 def _budget(text: str) -> tuple[float, str]:
@@ -121,11 +129,12 @@ def _add_sweep_arguments(parser: Parser) -> None:
     sweep.add_argument(
         "--lambda-max-divrs",
         "--g",
-        type=fraction,
+        type=_strength,
         nargs="+",
-        default=[0.125, 0.15, 0.175],
-        metavar="G",
-        help="entropy constraint, as a share of the lambda at which a cluster would vanish",
+        default=SWEEP_G,
+        metavar="[PATTERN=]G",
+        help="entropy constraint, as a share of the lambda at which a cluster would vanish; of layers that match, as "
+        "--layers has them, in every pair (the others take 0 where no G is given)",
     )
     sweep.add_argument(
         "--lambda-sustain",
@@ -183,8 +192,9 @@ def _add_layer_arguments(parser: Parser) -> None:
         "--budget",
         type=_budget,
         metavar="BYTES|SCORE",
-        help="choose the bits of each layer so that all values take at most this many bytes (130KB, 4.3MB), or the "
-        "network this score (below 1, on the challenge ruler), and answers change least",
+        help="choose bits and g of each layer so that all values take at most this many bytes (130KB, 4.3MB), or the "
+        "network this score (below 1, on the challenge ruler), and answers change least; g among those of "
+        f"--lambda-max-divrs (default: {' '.join(map(str, BUDGET_G))})",
     )
     layers.add_argument(
         "--keep-zeros",

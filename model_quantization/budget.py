@@ -1,10 +1,11 @@
-"""Bits a layer for a budget: each layer's cost at each width beside what that width does to the network's answers.
+"""Bits and g a layer for a budget: each layer's cost at each of them beside what it does to the network's answers.
 
 A sensitivity pass quantizes one layer at a time, without training, and measures how far the network's answers move from
-its own in full precision, on a few hundred images. From the widest layers on, the narrowing that moves them least for
+its own in full precision, on a few hundred images. From the costliest layers on, the saving that moves them least for
 what it saves is taken again and again, until the budget holds.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from model_quantization.quantized_layers import AUTO, QuantizedLayers
 from rulers.tally import task_of
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
-IMAGES = 512
+IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -38,63 +39,66 @@ class Budget:
 
 @dataclass(frozen=True)
 class Option:
-    """A layer at a width: what it costs, and the divergence (nats an image) of the answers that it leads to."""
+    """A layer at a width and a g: what it costs, and the divergence (nats an image) of the answers that it leads to."""
 
     bits: int
+    g: float
     cost: float
     divergence: float
 
 
-def widths_within(
-    budget: Budget, checkpoint: Checkpoint, names: list[str], g: float, data: Data, machine: Machine
-) -> dict[str, int]:
-    """The bits of each of the layers `names`, of which a table is printed, and the flags that repeat them.
+def options_within(
+    budget: Budget, checkpoint: Checkpoint, names: list[str], strengths: list[float], data: Data, machine: Machine
+) -> dict[str, Option]:
+    """The bits of each of the layers `names`, and its g of `strengths`; a table is printed, and the flags of them.
 
-    UserError where not even two bits a layer hold the budget.
+    UserError where nothing holds the budget.
     """
     network = machine.place(checkpoint.network()).eval()
-    dense = sum(p.numel() for p in network.parameters())
-    quantized, costs, rest = {}, {}, 0.0
-    for bits in WIDTHS:
+    probe, options, rest = _Probe(network, data), {name: list[Option]() for name in names}, 0.0
+    candidates = list(itertools.product(WIDTHS, dict.fromkeys(strengths)))
+    for bits, g in progress(candidates, "sensitivity", len(candidates)):
         narrow = checkpoint.network().eval()
         layers = QuantizedLayers(narrow, dict.fromkeys(names, bits), AUTO, g)
-        quantized[bits] = {name: narrow.get_parameter(name).detach().clone() for name in names}
         if budget.unit == "bytes":
-            costs[bits] = dict(zip(names, _bytes(layers), strict=True))
-            rest = 2.0 * (dense - sum(map(torch.Tensor.numel, quantized[bits].values())))
+            costs = dict(zip(names, _bytes(layers), strict=True))
+            rest = 2.0 * sum(p.numel() for name, p in narrow.named_parameters() if name not in costs)
         else:
-            costs[bits], rest = _scores(narrow, names, data)
-    divergences = _divergences(network, names, quantized, data)
-    options = {n: [Option(bits, costs[bits][n], divergences[n][bits]) for bits in WIDTHS] for n in names}
+            costs, rest = _scores(narrow, names, data)
+        for name in names:
+            options[name].append(Option(bits, g, costs[name], probe.divergence(name, narrow.get_parameter(name))))
     chosen = choose(options, budget.amount - rest)
     if chosen is None:
-        least = rest + sum(of_layer[-1].cost for of_layer in options.values())
+        least = rest + sum(min(option.cost for option in of_layer) for of_layer in options.values())
         smallest = Budget(least, budget.unit)
         raise UserError(f"--budget: two bits a layer take {smallest}, more than {budget}; choose --layers, or raise it")
     _show(chosen, budget, rest)
-    return {name: option.bits for name, option in chosen.items()}
+    return chosen
 
 
 def choose(options: dict[str, list[Option]], amount: float) -> dict[str, Option] | None:
-    """One option a layer, from widest to narrowest in each list, that together cost at most `amount`; None: can't be.
+    """One option a layer, which together cost at most `amount`; None: can't be.
 
-    Greedy: of all narrowings of any layer, to any of its narrower options, that with the least divergence for what it
-    saves comes next.
+    Greedy: from the costliest ones on, that change of any layer to any of its cheaper options comes next which adds
+    least divergence for what it saves.
     """
-    at = dict.fromkeys(options, 0)
+    at = {name: max(of_layer, key=lambda option: option.cost) for name, of_layer in options.items()}
 
-    def price(name: str, to: int) -> float:
-        now, then = options[name][at[name]], options[name][to]
-        saved = now.cost - then.cost
-        return (then.divergence - now.divergence) / saved if saved > 0 else float("inf")
+    def price(now: Option, then: Option) -> float:
+        return (then.divergence - now.divergence) / (now.cost - then.cost)
 
-    while sum(options[name][i].cost for name, i in at.items()) > amount:
-        moves = [(price(name, to), name, to) for name, i in at.items() for to in range(i + 1, len(options[name]))]
+    while sum(option.cost for option in at.values()) > amount:
+        moves = [
+            (price(now, then), name, i)
+            for name, now in at.items()
+            for i, then in enumerate(options[name])
+            if then.cost < now.cost
+        ]
         if not moves:
             return None
-        _, name, to = min(moves)
-        at[name] = to
-    return {name: options[name][i] for name, i in at.items()}
+        _, name, i = min(moves)
+        at[name] = options[name][i]
+    return at
 
 
 def _bytes(layers: QuantizedLayers) -> list[float]:
@@ -112,36 +116,39 @@ def _scores(network: nn.Module, names: list[str], data: Data) -> tuple[dict[str,
     return costs, tally.score(task) - sum(costs.values())
 
 
-@torch.no_grad()
-def _divergences(
-    network: nn.Module, names: list[str], quantized: dict[int, dict[str, Tensor]], data: Data
-) -> dict[str, dict[int, float]]:
-    """The mean Kullback-Leibler divergence of the answers, with each layer at each width, from the network's own."""
-    images, seen = [], 0
-    for batch, _ in data.val_batches():
-        images.append(batch[: IMAGES - seen])
-        seen += len(images[-1])
-        if seen == IMAGES:
-            break
+class _Probe:
+    """A network's own answers to some images, and how far those with another weight are from them."""
 
-    def answers() -> Tensor:
-        return torch.cat([F.log_softmax(network(batch).float(), 1) for batch in images])
+    def __init__(self, network: nn.Module, data: Data):
+        self.network, self.images, seen = network, list[Tensor](), 0
+        for batch, _ in data.val_batches():
+            self.images.append(batch[: IMAGES - seen])
+            seen += len(self.images[-1])
+            if seen == IMAGES:
+                break
+        self.own = self.answers()
 
-    own, found = answers(), {name: dict[int, float]() for name in names}
-    for name in progress(names, "sensitivity", len(names)):
-        weight = network.get_parameter(name)
+    @torch.no_grad()
+    def answers(self) -> Tensor:
+        return torch.cat([F.log_softmax(self.network(batch).float(), 1) for batch in self.images])
+
+    @torch.no_grad()
+    def divergence(self, name: str, values: Tensor) -> float:
+        """The mean Kullback-Leibler divergence (nats) of the answers with `values` as the weight `name`."""
+        weight = self.network.get_parameter(name)
         before = weight.detach().clone()
-        for bits in WIDTHS:
-            weight.copy_(quantized[bits][name])
-            found[name][bits] = F.kl_div(answers(), own, reduction="batchmean", log_target=True).item()
+        weight.copy_(values)
+        found = F.kl_div(self.answers(), self.own, reduction="batchmean", log_target=True).item()
         weight.copy_(before)
-    return found
+        return found
 
 
 def _show(chosen: dict[str, Option], budget: Budget, rest: float) -> None:
     form = "{:,.0f}" if budget.unit == "bytes" else "{:.6f}"
-    rows = [[name, o.bits, form.format(o.cost), f"{o.divergence:.5f}"] for name, o in chosen.items()]
+    rows = [[name, o.bits, f"{o.g:g}", form.format(o.cost), f"{o.divergence:.5f}"] for name, o in chosen.items()]
     total = rest + sum(option.cost for option in chosen.values())
-    say("\n" + table(["layer", "bits", budget.unit, "divergence"], [*rows, ["all else", "", form.format(rest), ""]]))
+    heads = ["layer", "bits", "g", budget.unit, "divergence"]
+    say("\n" + table(heads, [*rows, ["all else", "", "", form.format(rest), ""]]))
     say(f"{form.format(total)} for a budget of {budget}; the same again:")
-    say("  --bits " + " ".join(f"{name}={option.bits}" for name, option in chosen.items()))
+    bits, strengths = ([f"{name}={getattr(o, what):g}" for name, o in chosen.items()] for what in ("bits", "g"))
+    say(f"  --bits {' '.join(bits)} --g {' '.join(strengths)}")

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,33 @@ from engine.program.report import duration, say, table, with_unit
 from engine.store.checkpoint import Checkpoint
 from model.levels import bits_of_grid
 from model.own import is_own, run_once
-from model.selection import NoSuchLayer, Patterns, chosen, is_ternary, pruning_candidates, ternary_candidates
+from model.selection import (
+    NoSuchLayer,
+    Patterns,
+    chosen,
+    is_ternary,
+    overridden,
+    pruning_candidates,
+    ternary_candidates,
+)
 
 STEPS = 4  # of training that a dry run times; the fastest counts
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of weights: those that are `chosen`, with their bits, and those that are `fixed`: they do not move."""
+    """Names of weights: those that are `chosen`, with their bits, and those that are `fixed`: they do not move.
+
+    `g` has the entropy constraint of chosen ones that do not take the pair's.
+    """
 
     chosen: dict[str, int]
     fixed: list[str]
+    g: dict[str, float] = field(default_factory=dict)
+
+    def strengths(self, g: float) -> dict[str, float]:
+        """The entropy constraint of each chosen layer, where the pair's is `g`."""
+        return dict.fromkeys(self.chosen, g) | self.g
 
 
 def choose(checkpoint: Checkpoint, image_size: int, patterns: Patterns, kind: str = "quantize") -> Layers:
@@ -44,6 +60,8 @@ def choose(checkpoint: Checkpoint, image_size: int, patterns: Patterns, kind: st
         candidates, patterns = list(widths), replace(patterns, bits=(*widths.items(), *patterns.bits))
     try:
         bits = chosen(network, pruning_candidates(network, name, ran) if prune else candidates, patterns)
+        of_pair: dict[str, float | None] = dict.fromkeys(bits)
+        strengths = overridden(of_pair, patterns.g)
     except NoSuchLayer as error:
         raise UserError(f"{checkpoint.path}: {error}; pass another pattern") from None
     weights, fixed = dict(network.named_parameters()), []
@@ -56,7 +74,7 @@ def choose(checkpoint: Checkpoint, image_size: int, patterns: Patterns, kind: st
         raise UserError(f"{checkpoint.path}: all layers that --do-prune prunes are ternary; leave it out")
     if not bits:
         raise UserError(f"{checkpoint.path}: no layer is left to quantize; pass --layers PATTERN")
-    return Layers(bits, fixed)
+    return Layers(bits, fixed, {name: g for name in bits if (g := strengths[name]) is not None})
 
 
 def show(checkpoint: Checkpoint, layers: Layers, verb: str, listed: bool, tell: Callable[[str], None]) -> None:
@@ -67,9 +85,11 @@ def show(checkpoint: Checkpoint, layers: Layers, verb: str, listed: bool, tell: 
     if listed:
         rows = [
             [name, "x".join(map(str, weights[name].shape)), f"{size:,}", f"{100 * size / total:.2f}%", bits]
+            + [f"{layers.g[name]:g}" if name in layers.g else "the pair's"] * bool(layers.g)
             for (name, size), bits in zip(sizes.items(), layers.chosen.values(), strict=True)
         ]
-        tell("\n" + table([f"{verb.lower()} layer", "shape", "weights", "share", "bits"], rows))
+        heads = [f"{verb.lower()} layer", "shape", "weights", "share", "bits", *["g"] * bool(layers.g)]
+        tell("\n" + table(heads, rows))
     tell(
         f"{verb}: {len(sizes)} layers with {with_unit(sum(sizes.values()))} of {with_unit(total)} parameters "
         f"({100 * sum(sizes.values()) / total:.1f}%){'' if listed else '; --dry-run lists them'}"

@@ -28,8 +28,8 @@ from engine.training import derived_seed
 from model import row_of
 from model.own import is_own
 from model.selection import TERNARY, Patterns
-from model_quantization.arguments import ALL, FP_MODEL, FP_MODELS
-from model_quantization.budget import Budget, widths_within
+from model_quantization.arguments import ALL, BUDGET_G, FP_MODEL, FP_MODELS, SWEEP_G
+from model_quantization.budget import Budget, options_within
 from model_quantization.choosing import choose, say_costs, show
 from model_quantization.comparison import Choice, read_best, shown, write
 from model_quantization.pretrained import published_weights
@@ -49,8 +49,9 @@ def run(args: Namespace) -> int:
         raise UserError(
             "--do-prune: pruned layers keep their values; leave it out, or --bits, --budget, --retrain-only"
         )
-    if args.budget and (args.bits or args.retrain_only):
-        raise UserError("--budget chooses the bits; leave it out, or --bits and --retrain-only")
+    of_layers = [g for g in args.lambda_max_divrs if isinstance(g, tuple)]
+    if args.budget and (args.bits or of_layers or args.retrain_only):
+        raise UserError("--budget chooses bits and g of each layer; leave it out, or --bits, PATTERN=G, --retrain-only")
     checkpoint = full_precision(args)
     machine = choose_machine(args.cuda, args.amp, args.compile, args.graphs)
     data = load_data(request_of(checkpoint, args), machine.device)
@@ -62,9 +63,11 @@ def run(args: Namespace) -> int:
     layers = choose(checkpoint, data.image_size, recipes[0].patterns, kind)
     if args.budget:
         amount, names = Budget(*args.budget), list(layers.chosen)
-        bits = widths_within(amount, checkpoint, names, recipes[0].g, data, machine.in_32_bit())
-        layers = replace(layers, chosen=bits)
-        recipes = [replace(recipe, bits=tuple(bits.items())) for recipe in recipes]
+        strengths = BUDGET_G if args.lambda_max_divrs == SWEEP_G else args.lambda_max_divrs
+        options = options_within(amount, checkpoint, names, strengths, data, machine.in_32_bit())
+        bits, of_each = ({name: getattr(option, what) for name, option in options.items()} for what in ("bits", "g"))
+        layers = replace(layers, chosen=bits, g=of_each)
+        recipes = [replace(recipe, bits=tuple(bits.items()), strengths=tuple(of_each.items())) for recipe in recipes]
     not_as_published = is_own(checkpoint.spec["name"]) or recipes[0].patterns != Patterns()
     verb, listed = "Pruned" if args.do_prune else "Quantized", args.dry_run or not_as_published
     show(checkpoint, layers, verb, listed, say if args.dry_run else narrate)
@@ -195,7 +198,11 @@ def request_of(checkpoint: Checkpoint, args: Namespace) -> ImageRequest:
 
 def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, args: Namespace) -> list[Recipe]:
     """The recipe of every pair of the grid, at each seed, in the order in which they run."""
-    grid = list(dict.fromkeys(itertools.product(args.ini_c_divrs, args.lambda_max_divrs)))
+    of_layers = [g for g in args.lambda_max_divrs if isinstance(g, tuple)]
+    of_pairs = [g for g in args.lambda_max_divrs if not isinstance(g, tuple)]
+    if args.budget or not of_pairs:
+        of_pairs = [0.0]
+    grid = list(dict.fromkeys(itertools.product(args.ini_c_divrs, of_pairs)))
     if args.retrain_only:
         grid = [(AUTO, 0.0)]  # which are the checkpoint's own centroids and assignment
     s, g = grid[0]
@@ -224,6 +231,7 @@ def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, a
         keep_zeros=args.keep_zeros,
         retrain_only=args.retrain_only,
         bits=tuple(sorted(args.bits, key=lambda one: one[0] != ALL)),
+        strengths=tuple(of_layers),
         **taught(args, teacher),
     )
     return [replace(first, s=s, g=g, seed=seed) for s, g in grid for seed in dict.fromkeys(args.seed)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from model.selection import TERNARY, Patterns, chosen, inner_layers
+from model.selection import TERNARY, Patterns, chosen, inner_layers, overridden
 from model_quantization.optimizer import EC2TOptimizer
 from model_quantization.quantized_layers import AUTO, QuantizedLayers
 
@@ -29,7 +29,8 @@ class EC2T(QuantizedLayers):
         network: any; its weights are those to begin with.
         s: where the outermost centroids begin, as a share of a layer's largest and smallest weight; "auto" takes the
             two steps of least squared error.
-        g: the entropy constraint, as a share of the lambda at which a cluster would vanish, from 0 to below 1.
+        g: the entropy constraint, as a share of the lambda at which a cluster would vanish, from 0 to below 1; or by
+            pattern of layers' names, 0 for all others.
         bits: 2 (ternary) to 8, or by pattern of layers' names.
         layers: patterns of the names of weights or their modules; of none, all convolutions and linear layers but the
             first and the last that were made, and depthwise ones.
@@ -43,7 +44,7 @@ class EC2T(QuantizedLayers):
         self,
         network: nn.Module,
         s: float | str = AUTO,
-        g: float = 0.1,
+        g: float | Mapping[str, float] = 0.1,
         *,
         bits: int | Mapping[str, int] = TERNARY,
         layers: Sequence[str] = (),
@@ -52,13 +53,15 @@ class EC2T(QuantizedLayers):
         widths = {"*": bits} if isinstance(bits, int) else dict(bits)
         if not all(2 <= width <= 8 for width in widths.values()):
             raise ValueError(f"bits {bits}: from 2 to 8")
-        if not (s == AUTO or (isinstance(s, int | float) and 0 < s <= 1)) or not 0 <= g < 1:
+        strengths = dict(g) if isinstance(g, Mapping) else {"*": g}
+        in_range = all(0 <= strength < 1 for strength in strengths.values())
+        if not (s == AUTO or (isinstance(s, int | float) and 0 < s <= 1)) or not in_range:
             raise ValueError(f"s {s}, g {g}: s is {AUTO!r} or above 0 and at most 1, g from 0 to below 1")
         candidates = inner_layers(network, list(network.modules()))
         found = chosen(network, candidates, Patterns(tuple(layers), tuple(without), tuple(widths.items())))
         if not found:
             raise ValueError("no layer is left to quantize; name some by layers=")
-        super().__init__(network, found, s, g)
+        super().__init__(network, found, s, overridden(dict.fromkeys(found, 0.0), strengths.items()))
         self.network = network
 
     def optimizer(self, lr: float = 1e-4, lr2: float = 1e-5, weight_decay: float = 5e-6) -> EC2TOptimizer:

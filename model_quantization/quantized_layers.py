@@ -25,7 +25,8 @@ CHUNK = 1024  # rows that a CPU works on at a time: they stay in its cache; a GP
 class QuantizedLayers:
     """All quantized layers of a network (or, with `prune`, all pruned ones), and the steps of EC2T on them.
 
-    `layers` names their weights, ternary ones, or tells the bits of each, 2 to 8, by its name.
+    `layers` names their weights, ternary ones, or tells the bits of each, 2 to 8, by its name; `g` is that of all
+    layers, or of each by its name.
 
     Attributes (R rows, L layers; float32 unless said otherwise):
         weights: `[R, ROW]` full-precision weights w, trained.
@@ -43,7 +44,7 @@ class QuantizedLayers:
         network: nn.Module,
         layers: Sequence[str] | Mapping[str, int],
         s: float | str,
-        g: float,
+        g: float | Mapping[str, float],
         sustain: float = 0.0,
         prune: bool = False,
     ):
@@ -58,7 +59,9 @@ class QuantizedLayers:
         levels = [ec2t.levels_of(bits) for bits in self.bits.values()]
         self.levels, self.most = torch.tensor(levels, dtype=torch.float64, device=device), max(levels)
         self.numel = torch.tensor(sizes, dtype=torch.float64, device=device)
-        self.strength = g * ec2t.layer_factor(self.numel, sustain)
+        of_each = [g[name] for name in self.names] if isinstance(g, Mapping) else [g] * len(self.names)
+        self.strength = torch.tensor(of_each, dtype=torch.float64, device=device)
+        self.strength *= ec2t.layer_factor(self.numel, sustain)
 
         self.quantized = torch.zeros(sum(rows), ROW, dtype=dtype, device=device)
         self.gradient = torch.zeros_like(self.quantized)

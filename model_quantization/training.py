@@ -26,8 +26,8 @@ class Recipe(Taught):
     """All that shapes the result of a pair (s, g), and nothing else: its run's folder is found by it.
 
     `model_dict` and `sha256` are name and digest of the checkpoint, `data` is the digest of the images; `image_size`
-    is in pixels; the others are the flags of these names. What has a default was added later; see
-    `engine.store.run_folder.shaping`.
+    is in pixels; `strengths` are the g of patterns of layers; the others are the flags of these names. What has a
+    default was added later; see `engine.store.run_folder.shaping`.
     """
 
     model_dict: str
@@ -52,12 +52,13 @@ class Recipe(Taught):
     layers: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     bits: tuple[tuple[str, int], ...] = ()
+    strengths: tuple[tuple[str, float], ...] = ()
     keep_zeros: bool = False
     retrain_only: bool = False
 
     @property
     def patterns(self) -> Patterns:
-        return Patterns(self.layers, self.without, self.bits)
+        return Patterns(self.layers, self.without, self.bits, self.strengths)
 
     @property
     def phases(self) -> list[Phase]:
@@ -82,7 +83,8 @@ class Quantization:
         parameters = dict(self.network.named_parameters())
         for name in layers.fixed:
             parameters.pop(name).requires_grad_(False)
-        self.layers = QuantizedLayers(self.network, names, recipe.s, recipe.g, recipe.lambda_sustain, recipe.do_prune)
+        strengths = layers.strengths(recipe.g)
+        self.layers = QuantizedLayers(self.network, names, recipe.s, strengths, recipe.lambda_sustain, recipe.do_prune)
         self.layers.keep_zeros = recipe.keep_zeros
         if machine.compile:
             self.layers.compile()

@@ -1,5 +1,6 @@
 """Bits a layer for a budget of bytes or of a score."""
 
+import json
 import re
 
 import pytest
@@ -15,7 +16,7 @@ from model_quantization.budget import Option, choose
 from model_scoring import pack
 from rulers.tally import TASKS
 
-UNTRAINED = "--epochs 0 --retrain-epochs 0 --ini-c-divrs auto --lambda-max-divrs 0".split()
+UNTRAINED = "--epochs 0 --retrain-epochs 0 --ini-c-divrs auto".split()
 
 
 @st.composite
@@ -26,7 +27,7 @@ def layers(draw) -> dict[str, list[Option]]:
     found = {}
     for i in range(number):
         of_layer = sorted(draw(costs), reverse=True)
-        found[str(i)] = [Option(8 - j, cost, draw(st.floats(0, 9))) for j, cost in enumerate(of_layer)]
+        found[str(i)] = [Option(8 - j, 0.0, cost, draw(st.floats(0, 9))) for j, cost in enumerate(of_layer)]
     return found
 
 
@@ -42,15 +43,18 @@ def test_what_is_chosen_holds_the_budget_wherever_that_can_be(options, share):
 
 
 def test_the_layer_that_matters_least_is_narrowed_first():
-    options = {"a": [Option(8, 10, 0.0), Option(4, 5, 1.0)], "b": [Option(8, 10, 0.0), Option(4, 5, 0.1)]}
+    options = {
+        "a": [Option(8, 0.1, 10, 0.0), Option(4, 0.1, 5, 1.0)],
+        "b": [Option(8, 0.0, 9, 0.0), Option(8, 0.1, 10, 0.0), Option(4, 0.1, 6, 0.2), Option(4, 0.0, 5, 0.1)],
+    }
     chosen = choose(options, 15)
-    assert chosen is not None and {name: option.bits for name, option in chosen.items()} == {"a": 8, "b": 4}
+    assert chosen == {"a": options["a"][0], "b": options["b"][3]}
 
 
-@pytest.mark.parametrize("budget", ["150KB", "0.0018"])
+@pytest.mark.parametrize(("budget", "strengths"), [("150KB", {"0", "0.1"}), ("0.0018", {"0"})])
 @pytest.mark.robustness
-def test_a_network_within_its_budget_and_the_flags_that_repeat_it(resnet, tmp_path, capsys, budget):
-    quantize(resnet, tmp_path, *UNTRAINED, "--budget", budget)
+def test_a_network_within_its_budget_and_the_flags_that_repeat_it(resnet, tmp_path, capsys, budget, strengths):
+    quantize(resnet, tmp_path, *UNTRAINED, "--budget", budget, "--g", *strengths)
     best = tmp_path / "Ternary_best_acc.pt"
     out = capsys.readouterr().out
     network = read_network(best).network().eval()
@@ -60,16 +64,28 @@ def test_a_network_within_its_budget_and_the_flags_that_repeat_it(resnet, tmp_pa
         size = read(best)["image_size"]
         assert 0.0015 < rulers.count(network, size)["challenge"].score(TASKS["CIFAR-100"]) <= 0.0018
     (flags,) = re.findall(r"--bits .*", out)
+    assert set(re.findall(r"=(\S+)", flags.partition("--g")[2])) <= strengths
     before = {run.name for run in runs(tmp_path)}
     quantize(resnet, tmp_path, *UNTRAINED, *flags.split())
     assert "finished before" in capsys.readouterr().out  # it is the same run
     assert {run.name for run in runs(tmp_path)} == before
 
 
+def test_layers_with_a_g_of_their_own(resnet, tmp_path, capsys):
+    quantize(resnet, tmp_path, *UNTRAINED, "--g", "0.1", "layer3.*=0", "layer3.2.*=0.2", "0")
+    both = [json.loads((run / "log.jsonl").read_text())["layers"] for run in runs(tmp_path)]
+    assert [facts["layer1.0.conv1.weight"]["lambda"] > 0 for facts in both] == [False, True]  # g 0, g 0.1
+    for facts in both:
+        assert facts["layer3.0.conv1.weight"]["lambda"] == 0 < facts["layer3.2.conv1.weight"]["lambda"]
+    assert re.search(r"layer3\.2\.conv1\.weight .* 0\.2\n", capsys.readouterr().out)
+    assert "no chosen layer's name matches 'layer9'" in refusal(quantize, resnet, tmp_path, "--g", "layer9=0.1")
+
+
 def test_a_budget_that_cannot_be_held_is_refused(resnet, tmp_path):
-    said = refusal(quantize, resnet, tmp_path, *UNTRAINED, "--budget", "10KB")
+    said = refusal(quantize, resnet, tmp_path, *UNTRAINED, "--budget", "10KB", "--g", "0")
     assert re.search(r"two bits a layer take \d+,\d+ bytes, more than 10,000 bytes", said)
-    assert "--budget chooses the bits" in refusal(quantize, resnet, tmp_path, "--budget", "1MB", "--bits", "4")
+    for flags in (["--bits", "4"], ["--g", "layer1.*=0.1"]):
+        assert "--budget chooses bits and g" in refusal(quantize, resnet, tmp_path, "--budget", "1MB", *flags)
 
 
 @pytest.mark.parametrize(
