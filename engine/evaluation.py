@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from engine import distributed
 from engine.device import Machine
@@ -40,6 +39,8 @@ def dense_flop(network: nn.Module, image_size: int) -> int:
     """FLOP of one RGB image of `image_size` px: 2 a multiply-accumulate, zero weights too; leaves evaluation mode."""
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     image = torch.zeros(1, 3, image_size, image_size, device=device)
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton: no earlier than it is needed
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(image)
     return counter.get_total_flops()

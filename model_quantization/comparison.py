@@ -11,7 +11,6 @@ from engine.store.checkpoint import Checkpoint, Content, expecting, read_network
 from engine.store.files import write_text
 from engine.store.run_folder import Record, Run, publish
 from engine.store.run_list import differences, runs_in
-from model_quantization.plots import plot_layers, plot_sweep
 from rulers.tally import task_of
 
 
@@ -43,6 +42,8 @@ def write(
 
     `runs` are all of this command's.
     """
+    from model_quantization.plots import plot_layers, plot_sweep  # imports matplotlib: no earlier than it is needed
+
     name = checkpoint.path.stem
     results = [result for _, result in finished]
     save_dir, task = runs[0].folder.parent, task_of(data.name)

@@ -34,7 +34,6 @@ from model_quantization.choosing import choose, say_costs, show
 from model_quantization.comparison import Choice, read_best, shown, write
 from model_quantization.pretrained import published_weights
 from model_quantization.quantized_layers import AUTO
-from model_quantization.ternarization_plot import plot_ternarization
 from model_quantization.training import Quantization, Recipe
 from rulers import RULERS
 from rulers.tally import task_of
@@ -49,8 +48,7 @@ def run(args: Namespace) -> int:
         raise UserError(
             "--do-prune: pruned layers keep their values; leave it out, or --bits, --budget, --retrain-only"
         )
-    of_layers = [g for g in args.lambda_max_divrs if isinstance(g, tuple)]
-    if args.budget and (args.bits or of_layers or args.retrain_only):
+    if args.budget and (args.bits or of_layers(args.lambda_max_divrs) or args.retrain_only):
         raise UserError("--budget chooses bits and g of each layer; leave it out, or --bits, PATTERN=G, --retrain-only")
     checkpoint = full_precision(args)
     machine = choose_machine(args.cuda, args.amp, args.compile, args.graphs)
@@ -62,12 +60,12 @@ def run(args: Namespace) -> int:
     kind = "prune" if args.do_prune else "retrain" if args.retrain_only else "quantize"
     layers = choose(checkpoint, data.image_size, recipes[0].patterns, kind)
     if args.budget:
-        amount, names = Budget(*args.budget), list(layers.chosen)
         strengths = BUDGET_G if args.lambda_max_divrs == SWEEP_G else args.lambda_max_divrs
-        options = options_within(amount, checkpoint, names, strengths, data, machine.in_32_bit())
-        bits, of_each = ({name: getattr(option, what) for name, option in options.items()} for what in ("bits", "g"))
-        layers = replace(layers, chosen=bits, g=of_each)
-        recipes = [replace(recipe, bits=tuple(bits.items()), strengths=tuple(of_each.items())) for recipe in recipes]
+        names = list(layers.chosen)
+        found = options_within(Budget(*args.budget), checkpoint, names, strengths, data, machine.in_32_bit())
+        bits, g = {name: option.bits for name, option in found.items()}, {name: o.g for name, o in found.items()}
+        layers = replace(layers, chosen=bits, g=g)
+        recipes = [replace(recipe, bits=tuple(bits.items()), strengths=tuple(g.items())) for recipe in recipes]
     not_as_published = is_own(checkpoint.spec["name"]) or recipes[0].patterns != Patterns()
     verb, listed = "Pruned" if args.do_prune else "Quantized", args.dry_run or not_as_published
     show(checkpoint, layers, verb, listed, say if args.dry_run else narrate)
@@ -116,6 +114,8 @@ def sweep(
         narrate(f"\nPair {i + 1} of {len(mine)}{left}: s {short(recipe.s)}, g {recipe.g:g}{seed}  ({pair.folder})")
         trained += run_if_due(learner, recipe, pair, args)
         if args.plot_ternarization and is_first() and (result := pair.result):
+            from model_quantization.ternarization_plot import plot_ternarization  # and matplotlib
+
             best = read_best(pair, result["phase"])
             narrate(f"  plot: {plot_ternarization(best, pair, result, checkpoint.state_dict)}")
         if is_first() and i + 1 < len(mine):
@@ -196,13 +196,15 @@ def request_of(checkpoint: Checkpoint, args: Namespace) -> ImageRequest:
     )
 
 
+def of_layers(strengths: list[float | tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """Those values of `--lambda-max-divrs` that are of layers, not of pairs."""
+    return tuple(g for g in strengths if isinstance(g, tuple))
+
+
 def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, args: Namespace) -> list[Recipe]:
     """The recipe of every pair of the grid, at each seed, in the order in which they run."""
-    of_layers = [g for g in args.lambda_max_divrs if isinstance(g, tuple)]
-    of_pairs = [g for g in args.lambda_max_divrs if not isinstance(g, tuple)]
-    if args.budget or not of_pairs:
-        of_pairs = [0.0]
-    grid = list(dict.fromkeys(itertools.product(args.ini_c_divrs, of_pairs)))
+    strengths = [] if args.budget else [g for g in args.lambda_max_divrs if not isinstance(g, tuple)]
+    grid = list(dict.fromkeys(itertools.product(args.ini_c_divrs, strengths or [0.0])))
     if args.retrain_only:
         grid = [(AUTO, 0.0)]  # which are the checkpoint's own centroids and assignment
     s, g = grid[0]
@@ -231,7 +233,7 @@ def recipes_of(checkpoint: Checkpoint, teacher: Checkpoint | None, data: Data, a
         keep_zeros=args.keep_zeros,
         retrain_only=args.retrain_only,
         bits=tuple(sorted(args.bits, key=lambda one: one[0] != ALL)),
-        strengths=tuple(of_layers),
+        strengths=of_layers(args.lambda_max_divrs),
         **taught(args, teacher),
     )
     return [replace(first, s=s, g=g, seed=seed) for s, g in grid for seed in dict.fromkeys(args.seed)]

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
 from model.registry import Preprocessing
 
@@ -19,12 +17,17 @@ Transform = Callable[[Image.Image], Tensor]
 
 def for_training(size: int) -> Transform:
     """ImageNet's augmentation: a random part of the photograph, at `size` px, perhaps mirrored."""
+    from torchvision import transforms  # imports half of torch: no earlier than it is needed
+
     return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), _pixels])
 
 
 def for_validation(preprocessing: Preprocessing, size: int) -> Transform:
     """The centre of the photograph, `size` px wide and high."""
-    resize = transforms.Resize(preprocessing.shorter_side(size), InterpolationMode(preprocessing.interpolation))
+    from torchvision import transforms
+
+    interpolation = transforms.InterpolationMode(preprocessing.interpolation)
+    resize = transforms.Resize(preprocessing.shorter_side(size), interpolation)
     return transforms.Compose([resize, transforms.CenterCrop(size), _pixels])
 
 

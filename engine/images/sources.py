@@ -8,12 +8,11 @@ import hashlib
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from engine.images.arrays import ImageArrays, as_tensors, cached, find_arrays, read_arrays, resized
 from engine.images.datasets import DATA_PATH, DATASETS
@@ -164,7 +163,9 @@ class Torchvision:
         return resized(images, size).contiguous(), torch.as_tensor(self._splits[split].targets).long()
 
     @staticmethod
-    def _open(name: str, path: Path, train: bool) -> datasets.VisionDataset:
+    def _open(name: str, path: Path, train: bool) -> Any:
+        from torchvision import datasets  # imports half of torch: no earlier than it is needed
+
         folders = [path / name / "raw", path / name, path]
         made_here = [folder for folder in folders if not folder.exists()]
         try:

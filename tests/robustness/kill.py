@@ -226,7 +226,8 @@ def prepare(folder: Path) -> None:
     import torch
 
     import model_compound_scaling.search  # noqa: F401
-    import model_quantization.grid  # noqa: F401
+    import model_quantization.grid
+    import model_quantization.ternarization_plot  # noqa: F401
     import model_scoring.scoring  # noqa: F401
     from engine.images.batches import ImageRequest, load_data
     from engine.images.datasets import DATA_PATH

@@ -27,17 +27,21 @@ OF_UNKNOWN_SIZE = ("nonzero", "masked_select", "unique", "_unique2", "unique_con
 
 
 class Accelerator(TorchDispatchMode):
-    """Counts operations, and read-backs; mixing a GPU's tensors with the CPU's, 0-dim ones aside, is an error."""
+    """Counts operations, read-backs and copies from the CPU; mixing a GPU's tensors with the CPU's, 0-dim ones aside,
+    is an error.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.read_backs = 0
+        self.operations = self.read_backs = self.uploads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         on_gpu = [tensor for tensor in tensors if tensor.is_meta]
+        from_cpu = not on_gpu and kwargs.get("device") == META
+        self.uploads += name in ("_to_copy", "copy_") and (from_cpu or not args[-1].is_meta)
         if not on_gpu:
             return func(*args, **kwargs)
         self.operations += 1
@@ -108,17 +112,20 @@ def epoch(network, optimizer) -> None:
         ({"prune": True}, 250),
         ({"prune": True, "frozen": True}, 190),
         ({"bits": 3}, 380),
+        ({"bits": 6}, 1100),
     ],
 )
-def test_ec2t_reads_back_once_an_epoch(options, most):
+def test_ec2t_reads_back_once_an_epoch_and_its_step_can_be_recorded(options, most, monkeypatch):
+    """A CUDA graph takes no copy from the CPU."""
     with Accelerator() as gpu:
         network, optimizer = quantization(**options)
         assert gpu.read_backs == 0
         epoch(network, optimizer)
         assert gpu.read_backs == 1
-        before = gpu.operations
+        operations, uploads = gpu.operations, gpu.uploads
+        monkeypatch.setattr(torch, "tensor", None)  # which copies without being seen here
         optimizer.step()
-        assert gpu.operations - before < most
+        assert gpu.operations - operations < most and gpu.uploads == uploads
 
 
 def test_an_epoch_of_stage_1_reads_back_once_and_an_evaluation_twice():
