@@ -6,7 +6,10 @@ what it saves is taken again and again, until the budget holds.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -80,25 +83,29 @@ def choose(options: dict[str, list[Option]], amount: float) -> dict[str, Option]
     """One option a layer, which together cost at most `amount`; None: can't be.
 
     Greedy: from the costliest ones on, that change of any layer to any of its cheaper options comes next which adds
-    least divergence for what it saves.
+    least divergence for what it saves. What is left of `amount` in the end goes to the changes that take most
+    divergence away for what they cost.
     """
     at = {name: max(of_layer, key=lambda option: option.cost) for name, of_layer in options.items()}
 
-    def price(now: Option, then: Option) -> float:
-        return (then.divergence - now.divergence) / (now.cost - then.cost)
+    def changes(left: float) -> Iterator[tuple[float, str, Option]]:
+        """Of any layer to any option that is cheaper or, within what is left, better; each with its divergence a cost.
 
-    while sum(option.cost for option in at.values()) > amount:
-        moves = [
-            (price(now, then), name, i)
-            for name, now in at.items()
-            for i, then in enumerate(options[name])
-            if then.cost < now.cost
-        ]
-        if not moves:
-            return None
-        _, name, i = min(moves)
-        at[name] = options[name][i]
-    return at
+        That is what it adds for what it saves: the least comes first both ways.
+        """
+        for name, now in at.items():
+            for then in options[name]:
+                saved, added = now.cost - then.cost, then.divergence - now.divergence
+                is_wanted = saved > 0 if left < 0 else added < 0 and -saved <= left
+                if is_wanted:
+                    yield (added / abs(saved) if saved else added * inf), name, then
+
+    while True:
+        left = amount - sum(option.cost for option in at.values())
+        best = min(changes(left), key=itemgetter(0), default=None)
+        if best is None:
+            return at if left >= 0 else None
+        at[best[1]] = best[2]
 
 
 def _bytes(layers: QuantizedLayers) -> list[float]:

@@ -39,7 +39,17 @@ def test_what_is_chosen_holds_the_budget_wherever_that_can_be(options, share):
     assert chosen is not None and chosen.keys() == options.keys()
     assert sum(option.cost for option in chosen.values()) <= amount
     assert choose(options, least - 1) is None
-    assert choose(options, most) == {name: of_layer[0] for name, of_layer in options.items()}
+    left = amount - sum(option.cost for option in chosen.values())
+    better = [
+        o
+        for n, now in chosen.items()
+        for o in options[n]
+        if o.divergence < now.divergence and o.cost - now.cost <= left
+    ]
+    assert better == []
+    unbound = choose(options, most)
+    assert unbound is not None
+    assert all(unbound[n].divergence == min(o.divergence for o in of_layer) for n, of_layer in options.items())
 
 
 def test_the_layer_that_matters_least_is_narrowed_first():
