@@ -37,7 +37,6 @@ example: the published CIFAR-100 run, on the network that stage 1 left in its fo
 
 ALL = "*"  # the pattern of all layers
 SWEEP_G = [0.125, 0.15, 0.175]  # as in 2019
-BUDGET_G = [0.0, 0.05, 0.1]  # among which --budget chooses
 
 
 def _bits(text: str) -> tuple[str, int]:
@@ -192,9 +191,9 @@ def _add_layer_arguments(parser: Parser) -> None:
         "--budget",
         type=_budget,
         metavar="BYTES|SCORE",
-        help="choose bits and g of each layer so that all values take at most this many bytes (130KB, 4.3MB), or the "
-        "network this score (below 1, on the challenge ruler), and answers change least; g among those of "
-        f"--lambda-max-divrs (default: {' '.join(map(str, BUDGET_G))})",
+        help="choose the bits of each layer so that all values take at most this many bytes (130KB, 4.3MB), or the "
+        "network this score (below 1, on the challenge ruler), and answers change least; and g, 0 unless "
+        "--lambda-max-divrs gives others to choose among",
     )
     layers.add_argument(
         "--keep-zeros",

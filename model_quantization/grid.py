@@ -28,7 +28,7 @@ from engine.training import derived_seed
 from model import row_of
 from model.own import is_own
 from model.selection import TERNARY, Patterns
-from model_quantization.arguments import ALL, BUDGET_G, FP_MODEL, FP_MODELS, SWEEP_G
+from model_quantization.arguments import ALL, FP_MODEL, FP_MODELS, SWEEP_G
 from model_quantization.budget import Budget, options_within
 from model_quantization.choosing import choose, say_costs, show
 from model_quantization.comparison import Choice, read_best, shown, write
@@ -60,7 +60,7 @@ def run(args: Namespace) -> int:
     kind = "prune" if args.do_prune else "retrain" if args.retrain_only else "quantize"
     layers = choose(checkpoint, data.image_size, recipes[0].patterns, kind)
     if args.budget:
-        strengths = BUDGET_G if args.lambda_max_divrs == SWEEP_G else args.lambda_max_divrs
+        strengths = [0.0] if args.lambda_max_divrs == SWEEP_G else args.lambda_max_divrs
         names = list(layers.chosen)
         found = options_within(Budget(*args.budget), checkpoint, names, strengths, data, machine.in_32_bit())
         bits, g = {name: option.bits for name, option in found.items()}, {name: o.g for name, o in found.items()}

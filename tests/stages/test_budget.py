@@ -92,7 +92,7 @@ def test_layers_with_a_g_of_their_own(resnet, tmp_path, capsys):
 
 
 def test_a_budget_that_cannot_be_held_is_refused(resnet, tmp_path):
-    said = refusal(quantize, resnet, tmp_path, *UNTRAINED, "--budget", "10KB", "--g", "0")
+    said = refusal(quantize, resnet, tmp_path, *UNTRAINED, "--budget", "10KB")
     assert re.search(r"two bits a layer take \d+,\d+ bytes, more than 10,000 bytes", said)
     for flags in (["--bits", "4"], ["--g", "layer1.*=0.1"]):
         assert "--budget chooses bits and g" in refusal(quantize, resnet, tmp_path, "--budget", "1MB", *flags)
