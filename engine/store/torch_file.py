@@ -42,10 +42,11 @@ HARMLESS = re.compile(
     r"torch\.storage\.(Unt|T)ypedStorage"
 )
 PYTHON_2 = _compat_pickle.IMPORT_MAPPING  # modules of Python's own library under names that pickles still use
-# What of Python's and torch's own names is only ever data; names of other packages all become `Inert`.
+# What of Python's and torch's own names is only ever data; names of other packages all become `Inert`. `getattr` is how
+# the first releases of Python 3.11 write a member of an enumeration; it gets nothing here.
 DATA = re.compile(
     r"(argparse|collections|datetime|decimal|enum|fractions|pathlib|uuid|zoneinfo)\..*|types\.SimpleNamespace|re\._compile|"
-    r"functools\.partial|builtins\.(list|dict|tuple|frozenset|int|float|str|bool|object|range|slice)|"
+    r"functools\.partial|builtins\.(list|dict|tuple|frozenset|int|float|str|bool|object|range|slice|getattr)|"
     r"torch\.(nn|optim)\..*|torch\.torch_version\.TorchVersion"
 )
 
@@ -54,6 +55,8 @@ WHOLE = (
     "is a whole Python object ({}) pickled with its class, and nothing in a file is executed; "
     "where its code is, save a network's weights alone: torch.save(network.state_dict(), FILE)"
 )
+NO_DATA = "holds the Python object {}, and only tensors and plain values are read from files"
+GETATTR = "builtins.getattr"
 
 
 class Refused(Exception):
@@ -129,6 +132,8 @@ def load(path: Path) -> tuple[object, list[str]]:
                 ) from None
             if "Only persistent_load of storage" in str(error):  # the source that the old format has of a module
                 raise Refused(WHOLE.format(next(iter(names), "a module"))) from None
+            if GETATTR in names:  # not for an enumeration, but for a method to call
+                raise Refused(NO_DATA.format("getattr")) from None
             raise
     if isinstance(content, Inert) and not content.items:
         raise Refused(WHOLE.format(type(content).__name__))
@@ -176,7 +181,7 @@ def _check_names(stream: IO[bytes], names: dict[str, type]) -> None:
         package = module.partition(".")[0]
         if package in (*sys.stdlib_module_names, *PYTHON_2, "torch") and not DATA.fullmatch(name):
             name = name.removeprefix("builtins.")
-            raise Refused(f"holds the Python object {name}, and only tensors and plain values are read from files")
+            raise Refused(NO_DATA.format(name))
         if not re.fullmatch(r"[\w.]{1,200}", name) or len(names) > MAX_NAMES:
             raise Refused("is made up: it names what no program calls its classes, or more of them than any has")
         names[name] = names.get(name) or _TakesItems(name, (Inert,), {})

@@ -157,11 +157,11 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
 class Executed:
     """Unpickling this makes a file."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, function, path: Path):
+        self.function, self.path = function, path
 
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return self.function, (self.path,)
 
 
 def saved(content, **options) -> bytes:
@@ -203,8 +203,9 @@ def test_bad_files_are_named_and_their_folder_is_listed(make, said, tensors, tmp
     assert message.endswith(f"{tmp_path} holds bad.pt, good.pth)")
 
 
-def test_nothing_in_a_file_is_executed(tmp_path):
-    torch.save({"state_dict": Executed(tmp_path / "executed")}, tmp_path / "x.pt")
+@pytest.mark.parametrize("function", [os.mkdir, Path.touch])
+def test_nothing_in_a_file_is_executed(function, tmp_path):
+    torch.save({"state_dict": Executed(function, tmp_path / "executed")}, tmp_path / "x.pt")
     assert "only tensors and plain values are read" in refusal(read_network, tmp_path / "x.pt")
     assert not (tmp_path / "executed").exists()
 
