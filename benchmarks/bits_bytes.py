@@ -76,7 +76,7 @@ def draw(points: list[dict], baseline: dict, title: str, path: Path) -> None:
     """One line for each width, from the largest file to the smallest; the network itself as a dotted line."""
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
     axes.axhline(baseline["accuracy"], color="#8a8a8a", ls=":", label=f"32 bit, {baseline['bytes'] / 1e6:.1f} MB")
-    points = [p for p in points if p["accuracy"] > baseline["accuracy"] - SHOWN]
+    points = [p for p in points if p["accuracy"] > baseline["accuracy"] - SHOWN] or points
     widths = sorted({p["bits"] for p in points}, reverse=True)
     for bits, marker in zip(widths, "osD^v<>", strict=False):
         own = [p for p in points if p["bits"] == bits]
