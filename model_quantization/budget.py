@@ -2,7 +2,7 @@
 
 A sensitivity pass quantizes one layer at a time, without training, and measures how far the network's answers move from
 its own in full precision, on a few hundred images. From the costliest layers on, the saving that moves them least for
-what it saves is taken again and again, until the budget holds.
+what it saves is taken again and again, until the budget holds; what is left of it then goes back where it helps most.
 """
 
 import itertools

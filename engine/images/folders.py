@@ -14,7 +14,17 @@ from pathlib import Path
 from engine.program.errors import UserError, printable
 from engine.program.report import narrate
 
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision.datasets has them
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)  # as torchvision.datasets has them
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 ZIP_ENCODINGS = ("latin-1", "cp437")  # of names in archives that are not in UTF-8
 LISTED = 3  # names in a line that says what is left out
@@ -183,7 +193,7 @@ def image_files(split: Path, classes: Sequence[str], every_class: bool = True) -
         narrate(f"{split}: {line}")
     lacking = set(range(len(classes))) - {label for _, label in files}
     if lacking and (every_class or not files):
-        raise UserError(f"{paths[classes[min(lacking)]]}: holds no images ({', '.join(IMAGES)})")
+        raise UserError(f"{paths[classes[min(lacking)]]}: holds no images ({', '.join(SUFFIXES)})")
     return files
 
 
@@ -209,7 +219,7 @@ def _add_file(entry: os.DirEntry[str], found: _Found) -> bool:
     linked = entry.is_symlink()
     if entry.is_dir(follow_symlinks=False) or (linked and os.path.isdir(entry.path)):
         return False
-    is_image = entry.name.lower().endswith(IMAGES)
+    is_image = entry.name.lower().endswith(SUFFIXES)
     # a link to a file that is gone counts: it will be named
     is_file = entry.is_file(follow_symlinks=False) or (
         linked and (os.path.isfile(entry.path) or not os.path.exists(entry.path))
