@@ -14,17 +14,7 @@ from pathlib import Path
 from engine.program.errors import UserError, printable
 from engine.program.report import narrate
 
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".ppm",
-    ".bmp",
-    ".pgm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)  # as torchvision.datasets has them
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision has them
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 ZIP_ENCODINGS = ("latin-1", "cp437")  # of names in archives that are not in UTF-8
 LISTED = 3  # names in a line that says what is left out
