@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.device import Machine
+from engine.images.augment import Mixed, cutmix
 from engine.images.batches import Data
 from engine.program.errors import UserError
 from engine.store.checkpoint import Checkpoint, find, read_network
@@ -31,12 +32,14 @@ class Objective:
         weight: of the distance, from 0 to 1.
         temperature: by which both networks' logits are divided.
         freeze_batch_norm: whether BatchNorm keeps its running statistics, and normalises by them.
+        cutmix: the probability that CutMix mixes a batch; a teacher sees the same images.
     """
 
     teacher: Callable[[Tensor], Tensor] | None = None
     weight: float = 1.0
     temperature: float = 1.0
     freeze_batch_norm: bool = False
+    cutmix: float = 0.0
 
     def start(self, network: nn.Module) -> None:
         """Put `network` in training mode."""
@@ -46,7 +49,11 @@ class Objective:
                 if isinstance(module, _BatchNorm):
                     module.eval()
 
-    def loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    def mix(self, images: Tensor, labels: Tensor) -> Mixed:
+        """A batch as the network is to see it."""
+        return cutmix(images, labels, self.cutmix)
+
+    def loss(self, logits: Tensor, batch: Mixed) -> Tensor:
         """The mean loss of a batch (nats), of logits `[N, classes]`; UserError where a network returns others."""
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise UserError(
@@ -54,9 +61,9 @@ class Objective:
                 f"pass --model-args that leave other outputs out, such as aux_logits=False"
             )
         if self.teacher is None:
-            return F.cross_entropy(logits, labels)
+            return _cross_entropy(logits, batch)
         with torch.no_grad():
-            wanted = self.teacher(images)
+            wanted = self.teacher(batch.images)
         distance = self.temperature**2 * F.kl_div(
             F.log_softmax(logits.float() / self.temperature, 1),
             F.log_softmax(wanted.float() / self.temperature, 1),
@@ -65,7 +72,14 @@ class Objective:
         )
         if self.weight == 1:
             return distance
-        return (1 - self.weight) * F.cross_entropy(logits, labels) + self.weight * distance
+        return (1 - self.weight) * _cross_entropy(logits, batch) + self.weight * distance
+
+
+def _cross_entropy(logits: Tensor, batch: Mixed) -> Tensor:
+    loss = F.cross_entropy(logits, batch.labels)
+    if batch.others is None or batch.share is None:
+        return loss
+    return torch.lerp(loss, F.cross_entropy(logits, batch.others), batch.share.to(loss.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +97,7 @@ class Taught:
     temperature: float = 1.0
     freeze_batch_norm: bool = False
     augment_as: str = "published"
+    cutmix: float = 0.0
 
 
 def taught(args: Namespace, teacher: Checkpoint | None) -> dict[str, Any]:
@@ -99,7 +114,7 @@ def taught(args: Namespace, teacher: Checkpoint | None) -> dict[str, Any]:
 def objective_of(recipe: Taught, teacher: Checkpoint | None, machine: Machine) -> Objective:
     """What training by `recipe` minimises."""
     answers = taught_by(teacher, machine) if teacher else None
-    return Objective(answers, recipe.teacher_weight, recipe.temperature, recipe.freeze_batch_norm)
+    return Objective(answers, recipe.teacher_weight, recipe.temperature, recipe.freeze_batch_norm, recipe.cutmix)
 
 
 def teacher_checkpoint(

@@ -73,9 +73,10 @@ def train_epoch(
 
     def train(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
+        batch = objective.mix(images, labels)
         with machine.autocast():
-            logits = network(images)
-            loss = objective.loss(logits, images, labels)
+            logits = network(batch.images)
+            loss = objective.loss(logits, batch)
         scaler.scale(loss).backward()
         scaler.step(cast(Optimizer, optimizer))  # it needs no more than a Stepper has
         scaler.update()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,42 @@ def cutout_at(images: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 
     rows, columns = covered(y, images.shape[-2]), covered(x, images.shape[-1])
     return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)
+
+
+class Mixed(NamedTuple):
+    """Images ``[N, C, H, W]`` to train on, and what they show: ``labels``, and ``share`` (0-dim) of each ``others``.
+
+    Without ``others`` nothing is mixed.
+    """
+
+    images: Tensor
+    labels: Tensor
+    others: Tensor | None = None
+    share: Tensor | None = None
+
+
+def cutmix(images: Tensor, labels: Tensor, probability: float) -> Mixed:
+    """With ``probability``, replace in all images of a batch one and the same box by that of the image before.
+
+    The box has the image's proportions, an area uniform in [0, 1] of the image's and its centre anywhere in the image,
+    beyond whose borders it is cut off. Draws come from the default generator of the images' device, so that a CUDA
+    graph draws anew whenever it is replayed. Source: Yun et al. 2019, "CutMix", arXiv:1905.04899, with alpha = 1.
+    """
+    if not probability:
+        return Mixed(images, labels)
+    whether, area, y, x = torch.rand(4, device=images.device).unbind()
+    return cutmix_at(images, labels, torch.where(whether < probability, area, 0.0), y, x)
+
+
+def cutmix_at(images: Tensor, labels: Tensor, area: Tensor, y: Tensor, x: Tensor) -> Mixed:
+    """CutMix with a box of ``area`` around ``y`` and ``x``, 0-dim, all as shares of the image's."""
+
+    def covered(centre: Tensor, length: int) -> Tensor:
+        pixel = (torch.arange(length, device=images.device) + 0.5) / length
+        return (pixel - centre).abs() < area.sqrt() / 2
+
+    box = covered(y, images.shape[-2])[:, None] & covered(x, images.shape[-1])
+    return Mixed(torch.where(box, images.roll(1, 0), images), labels, labels.roll(1), box.float().mean())
 
 
 def unit_range(images: Tensor) -> Tensor:

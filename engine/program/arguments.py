@@ -106,6 +106,7 @@ positive_float = _number(float, lambda v: v > 0, "a number above 0")
 nonnegative_float = _number(float, lambda v: v >= 0, "a number of 0 or more")
 fraction = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not, 1")
 percent = _number(float, lambda v: 0 <= v <= 100, "a number from 0 to 100")
+share = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 positive_share = _number(float, lambda v: 0 < v <= 1, "a number above 0, and at most 1")
 
 
@@ -203,6 +204,13 @@ def add_objective_arguments(parser: Parser, folder: str) -> argparse._ArgumentGr
     )
     group.add_argument("--temperature", type=positive_float, default=1.0, metavar="T", help="of that divergence")
     switch(group, "freeze-batch-norm", False, "keep BatchNorm's running statistics, and normalise by them")
+    group.add_argument(
+        "--cutmix",
+        type=share,
+        default=0.0,
+        metavar="P",
+        help="the probability that CutMix pastes a box of another image into each of a batch (default: %(default)s)",
+    )
     return group
 
 

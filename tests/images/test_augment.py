@@ -141,6 +141,20 @@ def test_cutout_at_zeroes_a_clipped_square(size: int) -> None:
     assert torch.equal(augment.cutout_at(images, y, x, size), expected)
 
 
+@given(SEEDS, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_cutmix_pastes_one_box_of_the_image_before(seed: int, area: float, y: float, x: float) -> None:
+    images, labels = raw_images(3, 5, 8, seed).float(), torch.tensor([7, 8, 9])
+    mixed = augment.cutmix_at(images, labels, *torch.tensor([area, y, x], dtype=torch.float64))
+    expected, pasted = images.clone(), 0
+    for row, column in itertools.product(range(5), range(8)):
+        if max(abs((row + 0.5) / 5 - y), abs((column + 0.5) / 8 - x)) < area**0.5 / 2:
+            expected[:, :, row, column] = images[[2, 0, 1], :, row, column]
+            pasted += 1
+    assert torch.equal(mixed.images, expected)
+    assert mixed.labels.tolist() == [7, 8, 9] and mixed.others is not None and mixed.others.tolist() == [9, 7, 8]
+    assert mixed.share is not None and mixed.share.item() == pytest.approx(pasted / 40)
+
+
 def test_normalise_equals_torchvisions() -> None:
     images = raw_images(5)
     expected = TF.normalize(TF.to_dtype(images, torch.float32, scale=True), *map(list, CIFAR))
@@ -233,6 +247,17 @@ def test_cutout_areas_are_those_of_uniform_centres() -> None:
     expected = torch.bincount(areas).double() * number / length**2
     assert not counts[expected == 0].any()
     assert standardised_chi_square(counts[expected > 0], expected[expected > 0]) < 5
+
+
+def test_cutmix_takes_the_share_of_batches_that_is_asked_for() -> None:
+    """A box of side s, its centre uniform, covers (s - s^2 / 4)^2 on average when it is cut off at the borders."""
+    images, labels = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 32, 32), torch.arange(2)
+    assert augment.cutmix(images, labels, 0.0) == (images, labels, None, None)
+    torch.manual_seed(0)
+    shares = torch.stack([augment.cutmix(images, labels, 0.25)[3] for _ in range(4000)])  # type: ignore[arg-type]
+    assert (shares > 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    side = torch.linspace(0, 1, 10001).sqrt()
+    assert shares.mean().item() == pytest.approx(0.25 * (side - side**2 / 4).square().mean().item(), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,8 @@ NUMBERS: list[tuple[Callable, str, object]] = [
     (arguments.nonnegative_float, "0", 0.0),
     (arguments.fraction, "0", 0.0),
     (arguments.fraction, "0.999", 0.999),
+    (arguments.share, "0", 0.0),
+    (arguments.share, "1", 1.0),
     (arguments.positive_share, "1", 1.0),
 ]
 

@@ -76,7 +76,7 @@ def test_ec2t(images, amp, options):
         return EC2TOptimizer(layers, others, 1e-4, 1e-5, 5e-6)
 
     def taught(teacher):
-        return Objective(teacher.eval(), 0.5, 2.0)
+        return Objective(teacher.eval(), 0.5, 2.0, cutmix=0.5)
 
     spec = {"name": "resnet20", "num_classes": 10}
     (_, step, losses), (_, replayed, of_replays) = both(images, amp, ec2t, spec, taught)

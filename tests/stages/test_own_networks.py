@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from engine.images.augment import Mixed
+from engine.objective import Objective
 from engine.store.checkpoint import read
 from helpers.programs import run_here
 from model.own import OwnCodeError, run_once
@@ -223,6 +225,27 @@ def test_a_teacher_of_weight_1_needs_no_labels(shell, here):
     distance, mixed, labels, _ = losses
     assert 0 < distance < labels / 2 and mixed == pytest.approx(0.25 * distance + 0.75 * labels, rel=1e-5)
     assert losses[3] != distance
+
+
+def test_a_mixed_image_counts_for_both_its_labels():
+    logits, labels, others = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 1, 0])
+    batch = Mixed(torch.zeros(4, 3, 8, 8), labels, others, torch.tensor(0.25))
+    loss = Objective().loss(logits, batch)
+    wanted = 0.75 * nn.functional.one_hot(labels, 3) + 0.25 * nn.functional.one_hot(others, 3)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, wanted))
+    half = Objective(lambda images: logits, weight=0.5)  # a teacher that agrees
+    torch.testing.assert_close(half.loss(logits, batch), loss / 2)
+
+
+def test_cutmix_is_a_flag_of_both_trainings(shell, here):
+    for stage, program in enumerate(("run_compound_scaling.py --epochs 1", f"run_quantization.py {ONE_PAIR}")):
+        losses = []
+        for probability in (0, 1):
+            folder = f"{stage}{probability}"
+            command = f"{program} --model mine.py:net {DIGITS} --cutmix {probability} --save-dir {folder}"
+            assert shell(command)[0] == 0
+            losses.append([epoch["train_loss"] for epoch in epochs(here / folder)])
+        assert losses[0] != losses[1]
 
 
 def test_frozen_batch_norm_keeps_its_statistics(shell, here):

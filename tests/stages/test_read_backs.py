@@ -101,7 +101,7 @@ def quantization(bits: int = 2, prune: bool = False, frozen: bool = False):
 
 
 def epoch(network, optimizer) -> None:
-    train_epoch(network, optimizer, images(), Machine(META), Epoch(0, ""), Objective())
+    train_epoch(network, optimizer, images(), Machine(META), Epoch(0, ""), Objective(cutmix=0.5))
 
 
 @pytest.mark.parametrize(
