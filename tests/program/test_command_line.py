@@ -137,6 +137,11 @@ def test_done(tmp_path):
     assert ending("return 0", tmp_path) == (0, "", "")
 
 
+def test_quiet_programs_print_results_alone(tmp_path):
+    path = script("from engine.program.report import narrate, say; narrate('on the way'); say('result')", tmp_path)
+    assert run_apart(path)[1] == "on the way\nresult\n" and run_apart(f"{path} --quiet")[1] == "result\n"
+
+
 def test_wrong_input_is_one_line_whatever_it_holds(tmp_path):
     assert ending(r"raise UserError('a\nb: what\r\nto do')", tmp_path) == (2, "", "x: error: a b: what to do\n")
 

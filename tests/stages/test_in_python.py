@@ -71,6 +71,15 @@ def test_layers_are_chosen_by_type_and_learn():
     assert 0 < quantizer.entropy() < 1.585
 
 
+def test_g_may_differ_between_layers():
+    network, _ = quantized(s=0.3, g={"*": 0.05, "last": 0.4})
+    even, _ = quantized(s=0.3, g=0.05)
+    uneven, alone = ((n.last.weight == 0).sum() for n in (network, even))
+    assert torch.equal(network.inner.weight, even.inner.weight) and uneven > alone
+    with pytest.raises(NoSuchLayer):
+        quantized(g={"nowhere": 0.1})
+
+
 def test_frozen_layers_keep_their_levels():
     network, quantizer = quantized(bits={"*": 2, "last": 4})
     train(network, quantizer.optimizer(lr=1e-2), 5)
