@@ -29,7 +29,10 @@ class Epoch(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The mean loss (nats) over an epoch, and the accuracy in percent, both while training and of augmented images."""
+    """The mean loss (nats) over an epoch, and the accuracy in percent, both while training and of augmented images.
+
+    Of a mixed image its own label counts as right, however small its share.
+    """
 
     loss: float
     accuracy: float

@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep what tensors free for the next ones (glibc; elsewhere nothing happens).
 
     By itself it maps each block of more than 32 MiB anew, and unmaps it when it is freed, so that the kernel clears the
-    pages of a network's large activations in every step: half of the time in which a CPU trains on small images.
+    pages of a network's large activations in every step, which can take nearly half of the step's time.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
