@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trained images a second: this project's loop against a plain one in the style of 2019, side by side in one run.
 
-    python benchmarks/training_step.py [--networks resnet20 micronet ...] [--loops device kept amp graphs compile]
+    python benchmarks/training_step.py [--networks resnet20 micronet ...] [--loops device amp graphs compile]
                                        [--batch-size 128] [--steps 8] [--rounds 3]
 
 Random images of 32 px with CIFAR-100's augmentation; SGD with Nesterov momentum; on the CPU, or on a GPU where there
@@ -10,7 +10,6 @@ is one. Each figure is the median over alternating rounds of `--steps` steps, af
     plain       torchvision's transforms image by image in 4 workers, 32 bit, NCHW, loss read back every step
     device      data and augmentation in batches on the device, channels-last layout (on CPUs), fused optimizer,
                 nothing read back
-    kept        the same, and the C library keeps what tensors free, as in the programs on CPUs (glibc)
     amp         the same in `--amp auto` or as --amp says, channels-last layout on GPUs too
     graphs      the same with `--cuda-graphs`, on GPUs alone
     compile     as amp, with `--compile`
@@ -22,8 +21,6 @@ no cache helped and nothing was fused.
 """
 
 import argparse
-import ctypes
-import platform
 import statistics
 import sys
 import time
@@ -41,14 +38,12 @@ from engine.device import Machine, fastest_arithmetic
 from engine.images.augment import Augmentation
 from engine.images.batches import ImagesInMemory
 from engine.objective import Objective
-from engine.program.memory import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from engine.program.report import table
 from engine.training import Epoch, train_epoch
 from model import build
 
 CLASSES = 100
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
-LOOPS = ("device", "kept", "amp", "graphs", "compile")
+LOOPS = ("device", "amp", "graphs", "compile")
 NETWORKS = {
     "resnet20": {"name": "resnet20"},
     "micronet": {"name": "cifar_micronet", "depth": 1.4**3.5, "width": 1.2**3.5},
@@ -82,24 +77,12 @@ def our_epoch(spec: dict, images: torch.Tensor, labels: torch.Tensor, batch_size
     return lambda: train_epoch(runner, optimizer, data, machine, Epoch(0, ""), Objective())
 
 
-def let_go() -> None:
-    """Undo `keep_freed_memory`: glibc's thresholds as they settle once a block of 32 MiB has been freed."""
-    if platform.libc_ver()[0] == "glibc":
-        for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26), (M_MMAP_MAX, 2**16)):
-            ctypes.CDLL(None).mallopt(parameter, value)
-
-
 def seconds(function: Run, device: torch.device) -> float:
     start = time.perf_counter()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def timed(memory: Run, epoch: Run, device: torch.device) -> float:
-    memory()
-    return seconds(epoch, device)
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -139,7 +122,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     amp = args.amp or fastest_arithmetic(device)
-    loops = args.loops or [loop for loop in LOOPS if loop != ("kept" if device.type == "cuda" else "graphs")]
+    loops = args.loops or [loop for loop in LOOPS if loop != "graphs" or device.type == "cuda"]
     count = args.steps * args.batch_size
     images, labels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.randint(CLASSES, (count,))
     rate, bandwidth = peaks(device, DTYPES[amp])
@@ -149,16 +132,13 @@ def main() -> None:
         spec = {**NETWORKS[name], "num_classes": CLASSES}
         machines = {
             "device": Machine(device),
-            "kept": Machine(device),
             "amp": Machine(device, amp),
             "graphs": Machine(device, amp, graphs=True),
             "compile": Machine(device, amp, compile=True),
         }
         epochs = [plain_epoch(spec, images, labels, args.batch_size, device)]
         epochs += [our_epoch(spec, images, labels, args.batch_size, machines[loop]) for loop in loops]
-        memory = [let_go, *(let_go if loop == "device" else keep_freed_memory for loop in loops)]
-        rounds = [[timed(*both, device) for both in zip(memory, epochs, strict=True)] for _ in range(args.rounds + 1)]
-        times = rounds[1:]
+        times = [[seconds(epoch, device) for epoch in epochs] for _ in range(args.rounds + 1)][1:]
         speeds = [count / statistics.median(column) for column in zip(*times, strict=True)]
         rates.append([name, *(f"{speed:,.0f} ({speed / speeds[0]:.1f}x)" for speed in speeds)])
         flop, moved = work(spec, DTYPES[amp].itemsize)

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import distributed
 from engine.program import processes
 from engine.program.errors import UserError
-from engine.program.memory import keep_freed_memory
 from engine.program.report import narrate, say
 
 BF16_HARDWARE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # capabilities of CPUs that multiply bfloat16
@@ -110,7 +109,6 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False, graphs: 
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         where = f"{len(names)} GPU{'s' * (len(names) > 1)}: {', '.join(names)}"
     else:
-        keep_freed_memory()
         where = f"the CPU ({'no GPU found' if cuda else '--no-cuda'})"
     how = ["32 bit" if amp == "off" else amp]
     how += ["compiled"] * compile + ["CUDA graphs"] * graphs

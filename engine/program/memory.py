@@ -1,7 +1,5 @@
-"""How much memory a program took at most, and what becomes of what it frees."""
+"""How much memory a program took at most."""
 
-import ctypes
-import platform
 import resource
 import sys
 
@@ -11,7 +9,6 @@ from engine.program.report import narrate
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; macOS counts bytes, other systems KiB
 MIB = 2**20
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def _largest(who: int) -> int:
@@ -21,18 +18,6 @@ def _largest(who: int) -> int:
 
 # `import torch` forks a process for a moment, which counts with all the pages that it shares
 OF_IMPORTS = _largest(resource.RUSAGE_CHILDREN)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free for the next ones (glibc; elsewhere nothing happens).
-
-    By itself it maps each block of more than 32 MiB anew, and unmaps it when it is freed, so that the kernel clears the
-    pages of a network's large activations in every step, which can take nearly half of the step's time.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)  # all blocks come from the heap,
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never given back
 
 
 def peak_memory() -> dict[str, int]:

@@ -1,8 +1,5 @@
 """Which device and which arithmetic a program takes, on machines that this one may not be."""
 
-import platform
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +8,6 @@ from torch import nn
 
 from engine import device
 from engine.program.errors import UserError
-from helpers import ROOT
 
 
 @pytest.fixture
@@ -104,16 +100,3 @@ def test_emulated_arithmetic_is_said_to_be_slow(monkeypatch, capsys, amp, warned
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     device.choose_machine(cuda=False, amp=amp)
     assert ("times slower than --amp auto" in capsys.readouterr().out) == warned
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they will")
-def test_large_tensors_reuse_memory_on_the_cpu():
-    """The kernel hands out the pages of a freed tensor again, 16 thousand of 4 KiB each time, unless they are kept."""
-    count = (
-        "import resource, torch; from engine.device import choose_machine; choose_machine(cuda=False)\n"
-        "faults = []\n"
-        "for _ in range(5): torch.ones(2**24); faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
-        "print(faults[-1] - faults[0])"
-    )
-    said = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert int(said.splitlines()[-1]) < 1000
