@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.device import Machine
-from engine.images.augment import Mixed, cutmix
+from engine.images.augment import Mixed
 from engine.images.batches import Data
 from engine.program.errors import UserError
 from engine.store.checkpoint import Checkpoint, find, read_network
@@ -48,10 +48,6 @@ class Objective:
             for module in network.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
-
-    def mix(self, images: Tensor, labels: Tensor) -> Mixed:
-        """A batch as the network is to see it."""
-        return cutmix(images, labels, self.cutmix)
 
     def loss(self, logits: Tensor, batch: Mixed) -> Tensor:
         """The mean loss of a batch (nats), of logits `[N, classes]`; UserError where a network returns others."""

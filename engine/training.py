@@ -13,6 +13,7 @@ from engine import distributed
 from engine.cuda_graph import Replayed
 from engine.device import Machine
 from engine.evaluation import Diverged
+from engine.images.augment import cutmix
 from engine.images.batches import Data
 from engine.objective import Objective
 from engine.program import processes
@@ -76,7 +77,7 @@ def train_epoch(
 
     def train(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
-        batch = objective.mix(images, labels)
+        batch = cutmix(images, labels, objective.cutmix)
         with machine.autocast():
             logits = network(batch.images)
             loss = objective.loss(logits, batch)

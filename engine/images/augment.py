@@ -204,7 +204,8 @@ def cutmix(images: Tensor, labels: Tensor, probability: float) -> Mixed:
 
     The box has the image's proportions, an area uniform in [0, 1] of the image's and its centre anywhere in the image,
     beyond whose borders it is cut off. Draws come from the default generator of the images' device, so that a CUDA
-    graph draws anew whenever it is replayed. Source: Yun et al. 2019, "CutMix", arXiv:1905.04899, with alpha = 1.
+    graph draws anew whenever it is replayed; torchvision's CutMix draws on the host, and a graph would repeat its box.
+    Labels ``[N]`` are class numbers. Source: Yun et al. 2019, "CutMix", arXiv:1905.04899, with alpha = 1.
     """
     if not probability:
         return Mixed(images, labels)
