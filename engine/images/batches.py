@@ -121,7 +121,8 @@ class ImageRequest:
         train: read the training images too; without them, classes may lack validation images.
         holdout: the share of each class's training images that validation is on; 0 for the validation images.
         split: the folder with the validation images, "val" or "test"; None for the first that is there.
-        augment_as: "published", or "followup" for the augmentation of the authors' follow-up (small images only).
+        augment_as: one of `AUGMENTATIONS`: "published", or "followup" for that of the authors' follow-up, or that of
+            another data set (small images only).
     """
 
     name: str
@@ -152,6 +153,8 @@ def load_data(request: ImageRequest, device: torch.device) -> Data:
         threads = max(request.workers, 1)
         source = find_source(request.name, Path(request.path), request.train, threads, request.split)
         if isinstance(source, ClassFolders) and _are_photographs(request.name, source):
+            if request.augment_as != "published":
+                raise UserError(f"--augment-as {request.augment_as}: small images only, not photographs; leave it out")
             data: Data = _on_disk(request, source, device)
         else:
             data = _in_memory(request, source, device)
@@ -210,8 +213,8 @@ def _on_disk(request: ImageRequest, source: ClassFolders, device: torch.device) 
 def _in_memory(request: ImageRequest, source: Source, device: torch.device) -> ImagesInMemory:
     facts = DATASETS[request.name]
     size = request.image_size or facts.native_size or source.native_size
-    if request.augment_as == "followup" and facts.followup:
-        facts = DATASETS[facts.followup]
+    named = {"published": request.name, "followup": facts.followup}
+    augmented_as = DATASETS[named.get(request.augment_as) or request.augment_as]
 
     def on_device(split: str) -> tuple[Tensor, Tensor]:
         images, labels = source.read(split, size)
@@ -223,10 +226,10 @@ def _in_memory(request: ImageRequest, source: Source, device: torch.device) -> I
         on_device("train") if request.train else None,
         on_device("val"),
         Augmentation(
-            facts.flip,
-            int(size * facts.padding),
-            facts.jitter,
-            int(size * facts.cutout),
+            augmented_as.flip,
+            int(size * augmented_as.padding),
+            augmented_as.jitter,
+            int(size * augmented_as.cutout),
             request.preprocessing.small_images,
         ),
         request.batch_size,

@@ -47,3 +47,4 @@ DATASETS = {
     "digits": Dataset("scikit-learn", flip=False),
     "folder": Dataset("folder", "by size", native_size=None),
 }
+AUGMENTATIONS = ("published", "followup", "CIFAR10", "CIFAR100")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from engine.images.datasets import DATA_PATH, DATASETS, MAX_IMAGE_SIZE
+from engine.images.datasets import AUGMENTATIONS, DATA_PATH, DATASETS, MAX_IMAGE_SIZE
 from engine.program.errors import EXIT_WRONG_INPUT, printable
 from engine.program.processes import place
 
@@ -152,10 +152,10 @@ def add_data_arguments(parser: Parser, dataset: str, image_size: str, training: 
         )
         group.add_argument(
             "--augment-as",
-            choices=("published", "followup"),
+            choices=AUGMENTATIONS,
             default="published",
-            help="CIFAR10's augmentation: flips and padded crops, or, as in the authors' follow-up, CIFAR100's, with "
-            "ColorJitter and Cutout",
+            help="of small images: as published for the data set; with flips and padded crops alone (CIFAR10); with "
+            "ColorJitter and Cutout as well (CIFAR100; for CIFAR10 this is the authors' follow-up)",
         )
     group.add_argument("--image-size", type=_pixels, metavar="PX", help=f"side in pixels (default: {image_size})")
     return group

@@ -317,6 +317,20 @@ def test_the_followup_augments_cifar10_as_cifar100(make_folders):
     assert said == "--augment-as followup: differs for CIFAR10 alone, not for CIFAR100; leave it out"
 
 
+def test_small_images_are_augmented_as_another_data_set_on_request(make_folders):
+    path = make_folders()
+    for name in ("CIFAR100", "folder", "MNIST"):
+        assert load(path, name, image_size=32, augment_as="CIFAR10").augmentation == Augmentation(True, 4)
+        assert load(path, name, image_size=32, augment_as="CIFAR100").augmentation == load(path, "CIFAR100").augmentation
+
+
+def test_photographs_are_augmented_as_published_alone(make_folders):
+    path = make_folders(size=PHOTO, suffix="jpg")
+    for name in ("folder", "ImageNet"):
+        said = refusal(path, name, augment_as="CIFAR10")
+        assert said == "--augment-as CIFAR10: small images only, not photographs; leave it out"
+
+
 def test_small_validation_images_are_normalised_and_nothing_else(make_folders):
     data = load(make_folders())
     images = torch.cat([images for images, _ in data.val_batches()])
