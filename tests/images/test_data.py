@@ -321,7 +321,9 @@ def test_small_images_are_augmented_as_another_data_set_on_request(make_folders)
     path = make_folders()
     for name in ("CIFAR100", "folder", "MNIST"):
         assert load(path, name, image_size=32, augment_as="CIFAR10").augmentation == Augmentation(True, 4)
-        assert load(path, name, image_size=32, augment_as="CIFAR100").augmentation == load(path, "CIFAR100").augmentation
+        assert (
+            load(path, name, image_size=32, augment_as="CIFAR100").augmentation == load(path, "CIFAR100").augmentation
+        )
 
 
 def test_photographs_are_augmented_as_published_alone(make_folders):
