@@ -1,5 +1,7 @@
 """EC2T's assignment against literal definitions: the argmin of the costs, and the paper's guarantees."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,19 @@ def test_assignment_is_the_argmin_for_all_bits(weights, bits, s, g, other_bits):
     network = network_of(weights, torch.randn(4 * weights.numel()))
     layers = QuantizedLayers(network, {"w0": bits, "w1": other_bits}, s, g)
     assert_cheapest(layers, 0, weights, 0.25 * g)
+
+
+@settings(max_examples=50, deadline=None)
+@given(two_sided_weights(), st.integers(5, 8), st.floats(0.05, 1), st.floats(0, 0.95), st.integers(2, 8))
+def test_looking_up_and_searching_assign_alike(weights, bits, s, g, other_bits):
+    """A CPU looks levels up, a GPU and compiled code search for them."""
+    found = []
+    for compiling in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", partial(bool, compiling))
+            layers = QuantizedLayers(network_of(weights, -weights), {"w0": bits, "w1": other_bits}, s, g)
+            found.append(layers.assignment)
+    assert torch.equal(*found)
 
 
 # zero, or large enough for 32 bit to tell a hundredth of it

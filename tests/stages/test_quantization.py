@@ -202,9 +202,10 @@ def test_pruning_a_network_without_dense_layers_is_refused(resnet, tmp_path):
         quantize(tmp_path / "Ternary_best_acc.pt", tmp_path, "--do-prune", "--ini-c-divrs", "0.3")
 
 
-def test_where_every_pair_diverges_that_is_an_error(resnet, tmp_path, capsys):
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_where_every_pair_diverges_that_is_an_error(bits, resnet, tmp_path, capsys):
     arguments = "--ini-c-divrs 0.3 0.5 --lambda-max-divrs 0.1 --epochs 1 --retrain-epochs 0 --lr 1e35 --lr2 1e30"
-    said = refusal(quantize, resnet, tmp_path, *arguments.split())
+    said = refusal(quantize, resnet, tmp_path, *arguments.split(), "--bits", str(bits))
     assert "every pair diverged, see above; try a smaller --lr than 1e" in said
     said = capsys.readouterr().out
     assert said.count("best, diverged") == 1 and said.count("diverged\n") == 2
