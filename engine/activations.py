@@ -11,6 +11,7 @@ from model.own import every_operation
 
 CANDIDATES = 20  # ranges that are tried, from the whole one down
 NARROWEST = 0.4
+SAMPLE = 2**18  # values, evenly spread, that the error is measured on
 
 # operations that multiply what they read; BatchNorm is not among them: it merges into the layer before it
 MULTIPLYING = (
@@ -25,8 +26,8 @@ class QuantizedActivations(nn.Module):
     """`network` in evaluation, in which whatever is multiplied has `bits` bits: weights aside, which have their own.
 
     Each place where something is multiplied has a grid of 2**bits evenly spaced levels, zero among them, that the first
-    batch decides, without its labels: of some ranges within that of its values, that with the least squared error.
-    Later values outside it are clipped.
+    batch decides, without its labels: of some ranges within that of its values, that with the least squared error of a
+    sample of them, the upper end first. Later values outside it are clipped.
     """
 
     def __init__(self, network: nn.Module, bits: int):
@@ -75,18 +76,24 @@ class _Mode(TorchDispatchMode):
         return (value / step + zero).round_().clamp_(0, self._steps).sub_(zero).mul_(step)
 
     def _grid(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The step, and the place of zero among the 2**bits levels, with the least squared error of some ranges."""
-        low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
-        best, least = (torch.ones_like(high), torch.zeros_like(high)), torch.inf
-        for share in torch.linspace(1, NARROWEST, CANDIDATES).tolist():
-            step = (high - low) * share / self._steps
-            if step <= 0:
-                break
-            zero = (-low * share / step).round()
-            error = (self._rounded(values, step, zero) - values).square().sum().item()
-            if error < least:
-                best, least = (step, zero), error
-        return best
+        """The step, and the place of zero among the 2**bits levels, of the range with the least squared error."""
+        some = values.flatten()[:: 1 + values.numel() // SAMPLE // 2 * 2]  # an odd step meets all channels and places
+
+        def grid(ends: list[Tensor]) -> tuple[Tensor, Tensor]:
+            step = (ends[1] - ends[0]) / self._steps
+            return step, (-ends[0] / step).round()
+
+        def error(ends: list[Tensor]) -> float:
+            return (self._rounded(some, *grid(ends)) - some).square_().sum().item()
+
+        ends = [values.amin().clamp(max=0), values.amax().clamp(min=0)]
+        if not grid(ends)[0] > 0:  # all are zero
+            return torch.ones_like(ends[0]), torch.zeros_like(ends[0])
+        for side in (1, 0):
+            shares = torch.linspace(1, NARROWEST, CANDIDATES).tolist() if ends[side] else []
+            narrower = [[*ends[:side], share * ends[side], *ends[side + 1 :]] for share in shares]
+            ends = min(narrower, key=error, default=ends)
+        return grid(ends)
 
 
 def _storage(tensor: Tensor) -> int:

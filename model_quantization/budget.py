@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rulers
+from engine import distributed
 from engine.device import Machine
 from engine.images.batches import Data
 from engine.program.errors import UserError
@@ -58,7 +59,7 @@ def options_within(
     UserError where nothing holds the budget.
     """
     network = machine.place(checkpoint.network()).eval()
-    probe, options, rest = _Probe(network, data), {name: list[Option]() for name in names}, 0.0
+    probe, options, rest = Probe(network, data), {name: list[Option]() for name in names}, 0.0
     candidates = list(itertools.product(WIDTHS, dict.fromkeys(strengths)))
     for bits, g in progress(candidates, "sensitivity", len(candidates)):
         narrow = checkpoint.network().eval()
@@ -123,21 +124,20 @@ def _scores(network: nn.Module, names: list[str], data: Data) -> tuple[dict[str,
     return costs, tally.score(task) - sum(costs.values())
 
 
-class _Probe:
+class Probe:
     """A network's own answers to some images, and how far those with another weight are from them."""
 
     def __init__(self, network: nn.Module, data: Data):
-        self.network, self.images, seen = network, list[Tensor](), 0
-        for batch, _ in data.val_batches():
-            self.images.append(batch[: IMAGES - seen])
-            seen += len(self.images[-1])
-            if seen == IMAGES:
-                break
-        self.own = self.answers()
+        some = data.spread(IMAGES)
+        self.network, self.number = network, some.num_val_images
+        self.images = [batch for batch, _ in some.val_batches()]
+        self.own = list(self.answers())
 
     @torch.no_grad()
-    def answers(self) -> Tensor:
-        return torch.cat([F.log_softmax(self.network(batch).float(), 1) for batch in self.images])
+    def answers(self) -> Iterator[Tensor]:
+        """Log-probabilities, a batch at a time; of several processes each has some of the images."""
+        for batch in self.images:
+            yield F.log_softmax(self.network(batch).float(), 1)
 
     @torch.no_grad()
     def divergence(self, name: str, values: Tensor) -> float:
@@ -145,9 +145,11 @@ class _Probe:
         weight = self.network.get_parameter(name)
         before = weight.detach().clone()
         weight.copy_(values)
-        found = F.kl_div(self.answers(), self.own, reduction="batchmean", log_target=True).item()
+        total = torch.zeros((), device=weight.device)
+        for answers, own in zip(self.answers(), self.own, strict=True):
+            total += F.kl_div(answers, own, reduction="sum", log_target=True)
         weight.copy_(before)
-        return found
+        return distributed.all_reduce(total).item() / self.number
 
 
 def _show(chosen: dict[str, Option], budget: Budget, rest: float) -> None:

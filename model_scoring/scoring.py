@@ -221,7 +221,11 @@ def evaluate_network(loaded: Loaded, recipe: Recipe, images: Images, onnx: str |
         file = evaluate(OnnxNetwork(Path(onnx).read_bytes()), data, machine)
         say(f"{onnx}: {file.accuracy:.2f}% ({file.correct:,} of {file.images:,} right) in ONNX Runtime")
     stored = machine.place(as_stored(network, recipe.half_precision))
-    return evaluate(QuantizedActivations(stored, recipe.act_bits) if recipe.act_bits else stored, data, machine)
+    if recipe.act_bits:
+        stored = QuantizedActivations(stored, recipe.act_bits)
+        sample, _ = next(data.spread(data.val_batch_size).val_batches())
+        stored(sample)  # which decides the ranges
+    return evaluate(stored, data, machine)
 
 
 def as_dict_of(evaluation: Evaluation | None) -> dict[str, Any] | None:

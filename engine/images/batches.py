@@ -17,7 +17,7 @@ from engine import distributed
 from engine.images.augment import Augmentation, normalise
 from engine.images.datasets import DATASETS, PHOTOGRAPH_SIZE, SMALL
 from engine.images.holdout import held_out
-from engine.images.photographs import Batches, ImagesOnDisk, Photographs
+from engine.images.photographs import Batches, ImagesOnDisk, Photographs, spread
 from engine.images.preprocessing import for_training, for_validation
 from engine.images.sources import ClassFolders, Source, find_source
 from engine.program import processes
@@ -93,6 +93,11 @@ class ImagesInMemory:
         for batch in order.split(self.batch_size)[: self.num_train_batches]:
             indices = distributed.shard(batch)
             yield self.augmentation(images[indices], generator), labels[indices]
+
+    def spread(self, number: int) -> "ImagesInMemory":
+        """The same with so many of the validation images, evenly spread: their order is mostly that of the classes."""
+        places = spread(number, self.num_val_images)
+        return replace(self, val=(self.val[0][places], self.val[1][places]))
 
     def val_batches(self) -> Batches:
         """Every validation image once, in order, normalised; several processes share them."""

@@ -49,6 +49,12 @@ class Photographs(Dataset[tuple[Tensor, int] | BadImages]):
             return self.transform(image), label
 
 
+def spread(number: int, of: int) -> list[int]:
+    """`number` places, or all if there are fewer, evenly spread over so many."""
+    number = min(number, of)
+    return [(2 * i + 1) * of // (2 * number) for i in range(number)]
+
+
 def _collate(items: list[tuple[Tensor, int] | BadImages]) -> list[Tensor] | BadImages:
     """Items as a batch, or all that is wrong with them."""
     faults = [fault for item in items if isinstance(item, BadImages) for fault in item.faults]
@@ -106,6 +112,11 @@ class ImagesOnDisk:
         starts = range(0, self.num_train_batches * self.batch_size, self.batch_size)
         batches = [distributed.shard(order[start : start + self.batch_size]) for start in starts]
         return self._on_device(self._loader(replace(self.train, seed=seed), batches))
+
+    def spread(self, number: int) -> "ImagesOnDisk":
+        """The same with so many of the validation images, evenly spread: their order is that of the classes."""
+        files = [self.val.files[place] for place in spread(number, self.num_val_images)]
+        return replace(self, val=replace(self.val, files=files))
 
     def val_batches(self) -> Batches:
         """Every validation image once, in order, normalised; several processes share them."""

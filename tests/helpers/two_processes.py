@@ -24,6 +24,7 @@ from engine.program import processes
 from engine.training import Epoch, train_epoch
 from model import build
 from model.selection import ternary_candidates
+from model_quantization.budget import Probe
 from model_quantization.optimizer import EC2TOptimizer
 from model_quantization.quantized_layers import QuantizedLayers
 
@@ -50,6 +51,8 @@ def main(folder: Path) -> None:
     optimizer = EC2TOptimizer(layers, others, lr=1e-3, lr2=1e-4, weight_decay=5e-6)
     runner = machine.runner(network)
     network.eval()  # BatchNorm computes with what it has seen: images do not depend on their batch
+    with torch.no_grad():
+        result["divergence"] = Probe(network, data).divergence("linear.weight", 2 * network.linear.weight)
     for step in range(STEPS):
         batch = distributed.shard(torch.arange(step * BATCH, (step + 1) * BATCH))
         optimizer.zero_grad()

@@ -280,6 +280,13 @@ def test_evaluation_sees_every_image_once_in_order(eleven):
     assert (eleven.num_val_batches, eleven.num_val_images) == (4, 11)
 
 
+def test_some_validation_images_are_spread_over_all(eleven):
+    """Class folders are read one after the other: the first images would be those of the first classes."""
+    assert labels_of(eleven.spread(4).val_batches()) == [[1, 4, 6], [9]]
+    assert labels_of(eleven.spread(99).val_batches()) == labels_of(eleven.val_batches())
+    assert labels_of(eleven.spread(4).train_batches(0)) == labels_of(eleven.train_batches(0))
+
+
 def test_the_seed_alone_decides(eleven):
     torch.manual_seed(1)
     first = drawn(eleven, 7)

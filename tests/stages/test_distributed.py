@@ -42,7 +42,8 @@ def test_processes_hold_bit_identical_networks(alone_and_two):
     for part in ("layers", "trained"):
         assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
     assert all(map(torch.equal, first["others"], second["others"]))
-    assert first["epoch_loss"] == second["epoch_loss"] and first["evaluation"] == second["evaluation"]
+    for part in ("epoch_loss", "evaluation", "divergence"):
+        assert first[part] == second[part]
 
 
 @pytest.mark.robustness
@@ -66,6 +67,7 @@ def test_processes_share_every_image_once(alone_and_two):
         assert len(seen) == images and sorted(seen.tolist()) == sorted(alone[part].tolist())
     assert alone["evaluation"][1:] == first["evaluation"][1:]
     assert alone["evaluation"][0] == pytest.approx(first["evaluation"][0], rel=1e-5)
+    assert 0 < alone["divergence"] == pytest.approx(first["divergence"], rel=1e-4)
 
 
 @pytest.mark.robustness

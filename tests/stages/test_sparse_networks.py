@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.utils import prune
 
 from engine.store.checkpoint import network_content, read, read_network, save
@@ -84,3 +85,16 @@ def test_activations_of_few_bits_are_counted_and_evaluated(resnet, tmp_path, cap
     assert scores[0] > scores[1] > scores[2]
     assert abs(losses[1] - losses[0]) < abs(losses[2] - losses[0])
     assert "activations to 2" in capsys.readouterr().out
+
+
+def test_the_ranges_of_activations_are_of_images_of_all_classes(resnet, make_folders, tmp_path):
+    """The first batch is all of the first class, of which each image is black."""
+    path = make_folders(classes=tuple("abcdefghij"), number=4)
+    for file in path.rglob("a/*.png"):
+        Image.new("RGB", (8, 8)).save(file)
+    flags = ["--dataset", "folder", "--data-path", str(path), "--val-batch-size", "4", "--eval"]
+    losses = []
+    for width in ([], ["--act-bits", "12"]):
+        score(resnet, *flags, *width, "--json", str(tmp_path / "score.json"))
+        losses.append(json.loads((tmp_path / "score.json").read_text())["evaluation"]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
