@@ -119,6 +119,8 @@ def choose_machine(cuda: bool, amp: str = "off", compile: bool = False, graphs: 
         narrate(
             "Each batch is split over these GPUs; one process a GPU is faster: torchrun, or a sweep with --shard any"
         )
+    if compile and not on_gpu:
+        narrate("--compile on a CPU: most networks train slower so (docs/devices.md)")
     if amp != "off" and not on_gpu and not (amp == "bf16" and _cpu_has(BF16_HARDWARE)):
         say(f"This CPU has no {amp}: emulating it is many times slower than --amp auto, which takes 32 bit here")
     return Machine(device, amp, compile, graphs)

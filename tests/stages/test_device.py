@@ -56,6 +56,13 @@ def test_compiling_for_several_gpus_needs_torchrun(gpus):
     assert device.choose_machine(cuda=True, compile=True).compile
 
 
+def test_compiling_on_a_cpu_is_said_to_be_slow(gpus, capsys):
+    gpus(1)
+    for cuda, compile, warned in ((True, True, False), (False, False, False), (False, True, True)):
+        assert device.choose_machine(cuda=cuda, compile=compile).compile == compile
+        assert ("train slower" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize("count, line", [(0, "there is no GPU here"), (2, "one process on one GPU")])
 def test_cuda_graphs_need_one_gpu(gpus, count, line):
     gpus(1)
