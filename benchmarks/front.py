@@ -39,8 +39,8 @@ def size(number: float, _: object = None) -> str:
 
 def main() -> None:
     panels = json.loads((HERE / "front.json").read_text())
-    figure, row = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), layout="constrained")
-    for axes, panel in zip(row, panels, strict=True):
+    figure, grid = plt.subplots(2, 2, figsize=(11, 8.6), layout="constrained")
+    for axes, panel in zip(grid.flat, panels, strict=True):
         for kind, (colour, marker) in STYLES.items():
             points = sorted((bytes_, accuracy) for bytes_, accuracy, _ in panel["results"].get(kind, []))
             line = ":" if kind == "here, without training" else ""
@@ -51,9 +51,10 @@ def main() -> None:
         axes.xaxis.minorticks_off()
         axes.set(xlim=panel["xlim"], ylim=panel["ylim"], xlabel="bytes of the file", title=panel["title"])
         axes.grid(alpha=0.25)
-    row[0].set(ylabel="accuracy (%)")
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
-    for axes, panel in zip(row, panels, strict=True):
+    for axes in grid[:, 0]:
+        axes.set(ylabel="accuracy (%)")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
+    for axes, panel in zip(grid.flat, panels, strict=True):
         points = list(itertools.chain(*panel["results"].values()))
         label_points(axes, [(bytes_, accuracy) for bytes_, accuracy, _ in points], [what for _, _, what in points])
     figure.savefig(HERE / "front.png", dpi=130)
