@@ -139,7 +139,7 @@ def _add_scoring_arguments(parser: Parser) -> None:
         type=int,
         choices=range(2, 17),
         metavar="BITS",
-        help="width of activations, 2 to 16: --eval rounds them to as many, on ranges that a batch of its images decides; "
+        help="width of activations, 2 to 16: --eval rounds them to as many, on ranges that some images decide; "
         "challenge and improved count multiplications at it, unless their weights have more bits",
     )
     scoring.add_argument(
