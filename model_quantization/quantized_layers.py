@@ -222,8 +222,8 @@ class QuantizedLayers:
     def _looked_up(self, steps: Tensor, edges: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The same by tables of what lies between two neighbours among the centroids, most often one edge.
 
-        Several times faster than a search. Which centroids are a weight's neighbours is rounded, so that what lies a
-        thousandth of a step beyond them belongs to their tables too.
+        Faster than a search. Which centroids are a weight's neighbours is rounded, so that what lies a thousandth of a
+        step beyond them belongs to their tables too.
         """
         most, edges = self.most, edges.double()
         left = torch.arange(-most, most + 1, device=steps.device)  # the lower centroid
