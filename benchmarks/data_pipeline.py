@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Augmented images a second: batches on the device against torchvision's transforms, one image at a time.
 
-    python benchmarks/data_pipeline.py [--images 10000] [--batch-size 128] [--rounds 3] [--photographs DIR]
+    python benchmarks/data_pipeline.py [--images 10000] [--batch-size 128] [--rounds 3]
+    python benchmarks/data_pipeline.py --photographs DIR [--image-size 224]
 
 Random images of 32 px, with flip and crop (CIFAR-10) and with ColorJitter and Cutout as well (CIFAR-100); on the
 CPU, and on a GPU where there is one. Each figure is the median over alternating rounds of one epoch each. The plain
 pipeline has 4 worker processes; its epoch includes starting them, as every epoch's does. With --photographs, a folder
-with train/ and val/ class folders, instead: those, at 224 px, against torchvision's ImageFolder with as many workers.
+with train/ and val/ class folders, instead: those, against torchvision's ImageFolder with as many workers.
 """
 
 import argparse
@@ -47,13 +48,13 @@ def seconds(batches: Iterable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def photographs(folder: str, batch_size: int, rounds: int) -> None:
+def photographs(folder: str, size: int, batch_size: int, rounds: int) -> None:
     """Print the images a second of an epoch of training images, and what one costs the worker processes."""
     workers = len(os.sched_getaffinity(0))
-    request = ImageRequest("ImageNet", folder, 224, batch_size=batch_size, workers=workers)
+    request = ImageRequest("ImageNet", folder, size, batch_size=batch_size, workers=workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ours = load_data(request, device)
-    steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(*OF_CIFAR_NETWORKS.photographs)]
     plain = DataLoader(
         ImageFolder(f"{folder}/train", transforms.Compose(steps)),
@@ -89,9 +90,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--photographs", metavar="DIR")
+    parser.add_argument("--image-size", type=int, default=224, help="in pixels, of photographs")
     args = parser.parse_args()
     if args.photographs:
-        photographs(args.photographs, args.batch_size, args.rounds)
+        photographs(args.photographs, args.image_size, args.batch_size, args.rounds)
         return
     images = torch.randint(256, (args.images, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(100, (args.images,))

@@ -18,7 +18,7 @@ from engine.images.augment import Augmentation, normalise
 from engine.images.datasets import DATASETS, PHOTOGRAPH_SIZE, SMALL
 from engine.images.holdout import held_out
 from engine.images.photographs import Batches, ImagesOnDisk, Photographs, spread
-from engine.images.preprocessing import for_training, for_validation
+from engine.images.preprocessing import RandomPart, for_training, for_validation
 from engine.images.sources import ClassFolders, Source, find_source
 from engine.program import processes
 from engine.program.errors import UserError
@@ -202,7 +202,9 @@ def _on_disk(request: ImageRequest, source: ClassFolders, device: torch.device) 
     return ImagesOnDisk(
         request.name,
         source.classes,
-        Photographs(source.files["train"], for_training(size), found.white) if request.train else None,
+        Photographs(source.files["train"], for_training(size), found.white, RandomPart(size))
+        if request.train
+        else None,
         Photographs(source.files["val"], for_validation(preprocessing, val_size), found.white),
         size,
         val_size,

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from engine import distributed
 from engine.images.augment import normalise
-from engine.images.decoding import BadImages, White, open_image
+from engine.images.decoding import BadImages, Part, White, open_image
 from engine.images.preprocessing import Transform
 from engine.program.interruptions import signals_held
 from model.registry import Statistics
@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  #
 
 @dataclass(frozen=True)
 class Photographs(Dataset[tuple[Tensor, int] | BadImages]):
-    """Image files and their labels; `transform` makes a tensor `[H, W, 3]`, uint8, of each.
+    """Image files and their labels; `transform` makes a tensor `[H, W, 3]`, uint8, of each, or of a `part` of it.
 
     Its random draws follow from `seed` and the image's index: however many workers share the work, the same
     seed gives the same images.
@@ -32,6 +32,7 @@ class Photographs(Dataset[tuple[Tensor, int] | BadImages]):
     files: list[tuple[str, int]]
     transform: Transform
     white: White
+    part: Part | None = None
     seed: int = 0
 
     def __len__(self) -> int:
@@ -40,12 +41,12 @@ class Photographs(Dataset[tuple[Tensor, int] | BadImages]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImages:
         """An image and its label, or what is wrong with its file: an error that is raised arrives as a traceback."""
         file, label = self.files[index]
-        try:
-            image = open_image(file, self.white)
-        except BadImages as error:
-            return error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + index)
+            try:
+                image = open_image(file, self.white, self.part)
+            except BadImages as error:
+                return error
             return self.transform(image), label
 
 

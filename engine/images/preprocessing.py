@@ -4,22 +4,38 @@ They are normalised once they are on the device: a quarter of the bytes to hand 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.images.decoding import Box
 from model.registry import Preprocessing
 
 Transform = Callable[[Image.Image], Tensor]
 
 
-def for_training(size: int) -> Transform:
-    """ImageNet's augmentation: a random part of the photograph, at `size` px, perhaps mirrored."""
-    from torchvision import transforms  # imports half of torch: no earlier than it is needed
+@dataclass(frozen=True)
+class RandomPart:
+    """ImageNet's augmentation: a random part of a photograph, 8 to 100% of it, for an image of `size` px."""
 
-    return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), _pixels])
+    size: int
+
+    def __call__(self, image: Image.Image) -> tuple[Box, int]:
+        from torchvision import transforms  # imports half of torch: no earlier than it is needed
+
+        crop = transforms.RandomResizedCrop(self.size)
+        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+        return Box(left, top, left + width, top + height), self.size
+
+
+def for_training(size: int) -> Transform:
+    """A `RandomPart` as an image of `size` px, perhaps mirrored."""
+    from torchvision import transforms
+
+    return transforms.Compose([transforms.Resize((size, size)), transforms.RandomHorizontalFlip(), _pixels])
 
 
 def for_validation(preprocessing: Preprocessing, size: int) -> Transform:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.images.decoding import White, open_image
+from engine.images.decoding import Box, White, open_image
 from helpers import images
 from helpers.images import PHOTO, random_image, refusal, write_grey
 
@@ -47,6 +47,37 @@ def test_turned_images_become_upright(orientation, suffix, tmp_path):
 def test_a_damaged_exif_block_turns_nothing(tmp_path):
     random_image().save(tmp_path / "x.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12\0\x03")
     assert np.array_equal(open_image(str(tmp_path / "x.png")), random_image())
+
+
+# ------------------------------------------------------------------------------------- a part alone
+
+
+def smooth(path: Path) -> Image.Image:
+    """An image without edges, of 1001 by 803 px, as it is read from the file `path` that it is saved as."""
+    random_image((7, 5)).resize((1001, 803), Image.Resampling.BICUBIC).save(path, quality=95)
+    return open_image(str(path))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size, reduced", [(401, 1), (400, 2), (201, 2), (200, 4), (100, 8), (1, 8)])
+def test_a_jpeg_is_decoded_at_the_least_scale_that_holds_enough_pixels(size, reduced, orientation, tmp_path):
+    path, box = tmp_path / "x.jpg", Box(101, 2, 901, 802)
+    whole, exif = smooth(path), Image.Exif()
+    exif[0x0112] = orientation
+    whole.save(path, exif=exif, quality=95)
+    part = open_image(str(path), part=lambda image: (box, size))
+    assert part.size == pytest.approx((800 / reduced, 800 / reduced), abs=1) and min(part.size) >= size
+    expected = whole.crop(box)
+    if orientation == 6:
+        expected = expected.transpose(Image.Transpose.ROTATE_270)
+    expected = expected.resize(part.size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(part, dtype=int) - np.asarray(expected)).mean() < 4  # at most half a pixel aside
+
+
+def test_other_files_are_decoded_whole(tmp_path):
+    whole = smooth(tmp_path / "x.png")
+    box = Box(101, 2, 901, 802)
+    assert np.array_equal(open_image(str(tmp_path / "x.png"), part=lambda image: (box, 8)), whole.crop(box))
 
 
 # ------------------------------------------------------------------------------------- of more than 8 bit

@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from engine.images.batches import ImagesInMemory, ImagesOnDisk
 from engine.program.errors import UserError
@@ -143,6 +145,17 @@ def test_odd_small_images_are_read(make_folders, recwarn):
     data = load(path, "CIFAR10", workers=2)
     assert data.val[0].shape == (9, 3, 32, 32) and len(data.val[0].unique(dim=0)) == 9
     assert [str(warning.message) for warning in recwarn] == []  # of the palette
+
+
+def test_training_images_are_those_of_torchvision(make_folders):
+    path = make_folders(number=2, size=(120, 90), suffix="jpg")
+    data = load(path, image_size=56)  # more than half of any part: decoded in full
+    expected = transforms.Compose([transforms.RandomResizedCrop(56), transforms.RandomHorizontalFlip()])
+    for i, (file, label) in enumerate(data.train.files):
+        image, drawn_label = replace(data.train, seed=70)[i]
+        torch.manual_seed(70 + i)
+        with Image.open(file) as photograph:
+            assert np.array_equal(image, expected(photograph)) and drawn_label == label
 
 
 def test_every_photograph_gets_its_own_draws(make_folders):
