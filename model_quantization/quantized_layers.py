@@ -21,7 +21,7 @@ MOST_COMPARED = 7  # levels a side up to which a weight is compared with each ed
 ROW = 256  # weights
 MARGIN = 1e-3  # of a step, far more than a weight in steps is rounded by
 TINY, FAR = 1e-300, 1e300  # stand for 0 and for infinity
-CHUNK = 1024  # rows that a CPU works on at a time: they stay in its cache; a GPU takes all in one launch
+CHUNK = 512  # rows that a CPU works on at a time: they stay in its cache; a GPU takes all in one launch
 
 
 class QuantizedLayers:
@@ -84,7 +84,7 @@ class QuantizedLayers:
         column, first = torch.arange(max(rows), device=device), counts.cumsum(0) - counts
         self._rows_of_layer = torch.where(column < counts[:, None], first[:, None] + column, total)
 
-        self._is_ternary = self._per_row(self.levels == 1) == 1
+        self._any_ternary, self._is_ternary = 1 in levels, self._per_row(self.levels == 1) == 1
         self._kept_extent: Extent | None = None
         self.lam = torch.zeros_like(self.numel)
         steps = self._least_squares_steps() if s == AUTO else ec2t.initial_steps(self.extent(), float(s), self.levels)
@@ -169,10 +169,13 @@ class QuantizedLayers:
             assigned = assignment.abs()
             signed[rows] = torch.linalg.vecdot(assignment, gradient)
             unsigned[rows] = torch.linalg.vecdot(assigned, gradient)
-            scale = self.quantized[rows].abs().add_(1 - assigned)  # w_p, w_n or 1
-            if self.most > 1:
-                scale = torch.where(self._is_ternary[rows], scale, 1.0)
-            torch.mul(gradient, scale, out=self.weights.grad[rows])
+            if self._any_ternary:
+                scale = self.quantized[rows].abs().add_(1 - assigned)  # w_p, w_n or 1
+                if self.most > 1:
+                    scale = torch.where(self._is_ternary[rows], scale, 1.0)
+                torch.mul(gradient, scale, out=self.weights.grad[rows])
+            else:
+                self.weights.grad[rows] = gradient
         signed, unsigned = self._per_layer(signed).sum(1), self._per_layer(unsigned).sum(1)
         self.centroids.grad.copy_(torch.stack([unsigned + signed, signed - unsigned]) / 2)
 
@@ -209,9 +212,10 @@ class QuantizedLayers:
             # float results: many times faster than booleans
             plus = torch.gt(weights, above[0][rows], out=torch.empty_like(weights))
             minus = torch.lt(weights, below[0][rows], out=torch.empty_like(weights))
+            exceeds = torch.empty_like(weights)
             for higher, lower in zip(above[1:], below[1:], strict=True):
-                plus += torch.gt(weights, higher[rows], out=torch.empty_like(weights))
-                minus += torch.lt(weights, lower[rows], out=torch.empty_like(weights))
+                plus += torch.gt(weights, higher[rows], out=exceeds)
+                minus += torch.lt(weights, lower[rows], out=exceeds)
             yield rows, plus, minus
 
     def _searched(self, edges: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -258,7 +262,7 @@ class QuantizedLayers:
         for rows in self._chunks():
             weights = self.weights[rows]
             scaled = (weights.clamp(min=0) * w_p[rows]).addcmul_(weights.clamp(max=0), w_n[rows])
-            yield rows, scaled.minimum(n[rows]).maximum(-n[rows]).nan_to_num_()  # NaN: training has diverged
+            yield rows, scaled.clamp_(-n[rows], n[rows]).nan_to_num_()  # NaN: training has diverged
 
     def _sizes(self, steps: Tensor) -> Tensor:
         """The number of weights nearest to each centroid of either side, `[2, L, N]`."""
@@ -269,9 +273,9 @@ class QuantizedLayers:
             return torch.stack([self._per_layer(n).sum(1) for n in (n_p, n_n)])[..., None]
         width = 2 * self.most + 1
         counts = torch.zeros(len(self.numel) * width, dtype=torch.int64, device=steps.device)
-        place = (self._layer_of_row * width + self.most)[:, None]
+        place = (self._layer_of_row * width + self.most).float()[:, None]
         for rows, scaled in self._scaled(steps):
-            _count(scaled.round_().long().add_(place[rows]).flatten(), counts)
+            _count(scaled.round_().add_(place[rows]).int().flatten(), counts)
         sides = counts.view(-1, width).double()
         return torch.stack([sides[:, self.most + 1 :], sides[:, : self.most].flip(1)])
 
@@ -340,8 +344,8 @@ class QuantizedLayers:
 
 
 def _count(places: Tensor, counts: Tensor) -> None:
-    """Add to `counts` how often each of its indices is among `places`."""
+    """Add to `counts` how often each of its indices is among `places`, int32."""
     if counts.device.type == "cpu":
         counts += torch.bincount(places, minlength=len(counts))
     else:  # there, bincount waits for the device
-        counts.scatter_add_(0, places, torch.ones_like(places))
+        counts.scatter_add_(0, places.long(), torch.ones_like(places, dtype=counts.dtype))
