@@ -10,4 +10,4 @@ if [ $# -eq 0 ]; then
 else
     echo "Arguments for pytest: ruff and mypy are skipped"
 fi
-python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
+python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
