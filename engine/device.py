@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed
+from engine.depthwise import DepthwiseIn32Bit
 from engine.program import processes
 from engine.program.errors import UserError
 from engine.program.report import narrate, say
@@ -55,11 +57,16 @@ class Machine:
         compiled: Any = torch.compile(network) if self.compile else network
         return compiled
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
         """The context in which forward passes run."""
         if self.amp == "off":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.amp == "bf16" else torch.float16)
+            yield
+            return
+        is_bf16 = self.amp == "bf16"
+        on_cpu = DepthwiseIn32Bit() if is_bf16 and self.device.type == "cpu" else contextlib.nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16 if is_bf16 else torch.float16), on_cpu:
+            yield
 
     def gradient_scaler(self) -> GradScaler:
         """What keeps float16's gradients in range; does nothing in other arithmetic.
