@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import TypeGuard
 
 import torch
@@ -118,9 +120,14 @@ def _nearest_renamed(state_dict: Mapping[str, Tensor]) -> tuple[Spec | None, lis
 
 
 def expected_state_dict(spec: Spec) -> dict[str, Tensor]:
-    """Names and shapes of the network that `spec` describes, as tensors that take no memory."""
+    """Names and shapes of the built-in network that `spec` describes, as tensors that take no memory."""
+    return dict(_meta_tensors(json.dumps(spec)))
+
+
+@lru_cache(maxsize=32)
+def _meta_tensors(spec: str) -> dict[str, Tensor]:
     with torch.device("meta"):
-        return build(spec).state_dict()
+        return build(json.loads(spec)).state_dict()
 
 
 def _fit_stated(spec: Spec, state_dict: Mapping[str, Tensor]) -> Fit:

@@ -3,10 +3,12 @@
 import itertools
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import engine.objective
 import model_compound_scaling.search
 import model_quantization.grid
+import model_quantization.plots
 import model_scoring.scoring
 from model_compound_scaling.arguments import parser as scaling_parser
 from model_quantization.arguments import parser as quantization_parser
@@ -21,9 +23,20 @@ def scale(save_dir: Path, *arguments: str) -> int:
     return model_compound_scaling.search.run(scaling_parser().parse_args(command))
 
 
-def quantize(checkpoint: Path, save_dir: Path, *arguments: str) -> int:
-    command = ["--model-dict", str(checkpoint), *DIGITS, "--save-dir", str(save_dir), *arguments]
-    return model_quantization.grid.run(quantization_parser().parse_args(command))
+def quantize(checkpoint: Path, save_dir: Path, *arguments: str, drawn: bool = False) -> int:
+    """Run stage 2; its pictures take as long as its training here, and are drawn only where a test looks at them."""
+    args = quantization_parser().parse_args(
+        ["--model-dict", str(checkpoint), *DIGITS, "--save-dir", str(save_dir), *arguments]
+    )
+    if drawn:
+        return model_quantization.grid.run(args)
+    with patch.multiple(model_quantization.plots, plot_sweep=not_drawn, plot_layers=not_drawn):
+        return model_quantization.grid.run(args)
+
+
+def not_drawn(*arguments: object) -> Path:
+    """In the place of a function that draws something, and returns where."""
+    return Path("not_drawn.png")
 
 
 def score(checkpoint: Path, *arguments: str) -> int:
