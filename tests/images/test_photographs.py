@@ -147,15 +147,29 @@ def test_odd_small_images_are_read(make_folders, recwarn):
     assert [str(warning.message) for warning in recwarn] == []  # of the palette
 
 
+def beside_torchvision(data: ImagesOnDisk, size: int) -> list[np.ndarray]:
+    """Each training image less what torchvision makes of the same photograph with the same draws."""
+    theirs = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()])
+    differences = []
+    for i, (file, label) in enumerate(data.train.files):
+        image, drawn_label = replace(data.train, seed=70)[i]
+        assert drawn_label == label
+        torch.manual_seed(70 + i)
+        with Image.open(file) as photograph:
+            differences.append(np.asarray(image, dtype=int) - np.asarray(theirs(photograph), dtype=int))
+    return differences
+
+
 def test_training_images_are_those_of_torchvision(make_folders):
     path = make_folders(number=2, size=(120, 90), suffix="jpg")
     data = load(path, image_size=56)  # more than half of any part: decoded in full
-    expected = transforms.Compose([transforms.RandomResizedCrop(56), transforms.RandomHorizontalFlip()])
-    for i, (file, label) in enumerate(data.train.files):
-        image, drawn_label = replace(data.train, seed=70)[i]
-        torch.manual_seed(70 + i)
-        with Image.open(file) as photograph:
-            assert np.array_equal(image, expected(photograph)) and drawn_label == label
+    assert not any(difference.any() for difference in beside_torchvision(data, 56))
+
+
+def test_photographs_much_larger_than_their_image_are_decoded_at_a_reduced_scale(make_folders):
+    path = make_folders(number=2, size=(480, 360), suffix="jpg")
+    for difference in beside_torchvision(load(path, image_size=8), 8):
+        assert difference.any() and np.abs(difference).mean() < 3
 
 
 def test_every_photograph_gets_its_own_draws(make_folders):
