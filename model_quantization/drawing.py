@@ -24,22 +24,28 @@ def save_figure(figure: Figure, path: Path) -> Path:
         picture = io.BytesIO()
         figure.savefig(picture, format=place.suffix[1:], **options)
         write_whole(picture.getbuffer(), place)
+        figure.set_layout_engine("none")  # the first picture's is kept: finding one takes longer than drawing
     return path
+
+
+def draw_bars(axes: Axes, heights: Sequence[float] | np.ndarray, bottom: np.ndarray | float, **options: str) -> None:
+    """Bars without gaps, one a layer, from `bottom` up to `heights`: as one shape, many times faster than `Axes.bar`."""
+    edges = np.arange(len(heights) + 1) - 0.5
+    axes.stairs(heights, edges, baseline=bottom, fill=True, **options)
 
 
 def draw_sizes(axes: Axes, sizes: Sequence[int]) -> None:
     """Bars of the number of weights of each layer, on a logarithmic scale."""
-    axes.bar(range(len(sizes)), sizes, 1, color=DARK)
+    draw_bars(axes, sizes, min(sizes) / 2, color=DARK)
     axes.set(ylabel="weights", yscale="log", ylim=(min(sizes) / 2, 2 * max(sizes)))
 
 
 def stack(axes: Axes, shares: np.ndarray, colours: tuple[str, ...], labels: tuple[str, ...]) -> None:
     """Stacked bars, one a layer, of shares `[kinds, layers]` that sum to 1; kinds that no layer has get no label."""
-    layers = np.arange(shares.shape[1])
-    for share, bottom, colour, label in zip(shares, np.cumsum(shares, 0) - shares, colours, labels, strict=True):
+    for share, top, colour, label in zip(shares, np.cumsum(shares, 0), colours, labels, strict=True):
         if share.any():
-            axes.bar(layers, share, 1, bottom=bottom, color=colour, label=label)
-    axes.set(ylabel="share of weights", ylim=(0, 1), xlim=(-0.5, len(layers) - 0.5))
+            draw_bars(axes, top, top - share, color=colour, label=label)
+    axes.set(ylabel="share of weights", ylim=(0, 1), xlim=(-0.5, shares.shape[1] - 0.5))
 
 
 def name_layers(axes: Sequence[Axes], names: Sequence[str]) -> None:
@@ -50,7 +56,8 @@ def name_layers(axes: Sequence[Axes], names: Sequence[str]) -> None:
     shown = range(0, len(short), -(-len(short) // NAMED))
     for place in axes:
         place.set(xlim=(-0.5, len(short) - 0.5))
-        place.set_xticks(shown, [""] * len(shown))
+        place.set_xticks(shown)
+        place.tick_params(labelbottom=place is axes[-1])
         for edge in edges:
             place.axvline(edge, color=GREY, lw=0.6)
     axes[-1].set_xticks(shown, [short[i] for i in shown], rotation=90, fontsize=7)

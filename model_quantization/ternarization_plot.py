@@ -20,6 +20,7 @@ from model_quantization.drawing import (
     NEGATIVE,
     POSITIVE,
     ZERO,
+    draw_bars,
     draw_sizes,
     name_layers,
     save_figure,
@@ -100,7 +101,7 @@ def _draw_layers(axes: np.ndarray, content: Content) -> None:
     axes[2].axhline(0, color=ZERO)
     axes[2].set(ylabel="centroid")
     values = max(3, *(int(a.max() - a.min()) + 1 for a in assignments))
-    axes[3].bar(layers, [entropy(a) for a in assignments], 1, color=GREY)
+    draw_bars(axes[3], [entropy(a) for a in assignments], 0, color=GREY)
     axes[3].axhline(np.log2(values), color=DARK, ls=":")
     axes[3].annotate(f"log2({values})", (layers[-1], np.log2(values)), ha="right", va="bottom", fontsize=8)
     axes[3].set(ylabel="entropy (bit a weight)", ylim=(0, 1.15 * np.log2(values)))
@@ -112,7 +113,7 @@ def _draw_weights(axes: Axes, before: Tensor, after: tuple[Tensor, Tensor], step
     weights, assignment = after
     reach = max(before.abs().max().item(), weights.abs().max().item())
     edges = np.linspace(-reach, reach, BINS).tolist()
-    axes.hist(before.float().flatten().numpy(), edges, color=ZERO, label="before")
+    axes.hist(before.float().flatten().numpy(), edges, histtype="stepfilled", color=ZERO, label="before")
     axes.hist(weights.numpy(), edges, histtype="step", color=DARK, label="after")
     for level in assignment.unique().tolist():
         axes.axvline(level * steps[level < 0], color=GREEN, lw=0.8, label="levels" if level == 0 else None)
