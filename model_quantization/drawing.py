@@ -28,10 +28,12 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def draw_bars(axes: Axes, heights: Sequence[float] | np.ndarray, bottom: np.ndarray | float, **options: str) -> None:
-    """Bars without gaps, one a layer, from `bottom` up to `heights`: as one shape, many times faster than `Axes.bar`."""
+def draw_bars(
+    axes: Axes, heights: Sequence[float] | np.ndarray, bottom: np.ndarray | float, color: str, label: str | None = None
+) -> None:
+    """Bars without gaps, one a layer, from `bottom` up to `heights`; one shape, which is faster than `Axes.bar`."""
     edges = np.arange(len(heights) + 1) - 0.5
-    axes.stairs(heights, edges, baseline=bottom, fill=True, **options)
+    axes.stairs(heights, edges, baseline=bottom, fill=True, color=color, label=label)
 
 
 def draw_sizes(axes: Axes, sizes: Sequence[int]) -> None:

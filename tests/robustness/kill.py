@@ -31,7 +31,7 @@ CHAINS = {
     "run_compound_scaling.py": "--grid 0.14 0.5 0.14 0.6 --phi 1 --epochs 3 --lr 0.05 --save-dir results".split(),
     "run_quantization.py": (
         "--model-dict tiny.pt --epochs 2 --retrain-epochs 2 --lr 1e-3 --ini-c-divrs 0.3 0.5 --lambda-max-divrs 0.1 "
-        "--save-dir results --plot-ternarization".split()
+        "--save-dir results".split()
     ),
     "run_scoring.py": (
         "--t-model tiny.pt --eval --json results/score.json --pack results/packed.safetensors "
@@ -227,11 +227,11 @@ def prepare(folder: Path) -> None:
 
     import model_compound_scaling.search  # noqa: F401
     import model_quantization.grid
-    import model_quantization.ternarization_plot  # noqa: F401
+    import model_quantization.plots  # noqa: F401
     import model_scoring.scoring  # noqa: F401
     from engine.images.batches import ImageRequest, load_data
     from engine.images.datasets import DATA_PATH
-    from engine.store.checkpoint import network_content, save
+    from engine.store.checkpoint import network_content, read_network, save
     from model import build
 
     torch.set_num_threads(1)
@@ -239,6 +239,7 @@ def prepare(folder: Path) -> None:
     load_data(ImageRequest("digits", DATA_PATH, image_size=8), torch.device("cpu"))  # imports scikit-learn
     spec = {"name": "cifar_micronet", "depth": 0.14, "width": 0.5, "num_classes": 10}
     save(network_content(spec, build(spec), dataset="digits", image_size=8), folder / "tiny.pt")
+    read_network(folder / "tiny.pt")  # imports torch's compiler
 
 
 if __name__ == "__main__":

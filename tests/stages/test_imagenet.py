@@ -26,6 +26,7 @@ from engine.program.errors import UserError
 from engine.program.memory import MIB, peak_memory
 from engine.store.checkpoint import Checkpoint, network_content, read, read_network, save
 from helpers.refusals import refusal
+from helpers.stages import no_pictures
 from model import ROWS, build, row_of
 from model.selection import is_ternary, pruning_candidates, ternary_candidates
 from model_compound_scaling.arguments import parser as scaling_parser
@@ -48,7 +49,8 @@ def quantize(checkpoint: Path, path: Path, save_dir: Path, *arguments: str) -> P
     """Run stage 2 on one pair and return the best network's file."""
     command = ["--model-dict", str(checkpoint), "--data-path", str(path), "--save-dir", str(save_dir), "--no-cuda"]
     command += ["--workers", "0", "--batch-size", "4", "--ini-c-divrs", "0.2", "--lambda-max-divrs", "0.15", *arguments]
-    assert model_quantization.grid.run(quantization_parser().parse_args(command)) == 0
+    with no_pictures():
+        assert model_quantization.grid.run(quantization_parser().parse_args(command)) == 0
     return save_dir / "Ternary_best_acc.pt"
 
 
@@ -309,7 +311,9 @@ def test_published_weights_stand_in_for_a_checkpoint(make_folders, tmp_path, mon
     command = f"--pretrained --model {LITE['name']} --dataset ImageNet --data-path {path} --save-dir {tmp_path}/out"
     command += " --epochs 0 --retrain-epochs 0 --workers 0 --no-cuda --ini-c-divrs 0.2 --lambda-max-divrs 0.1"
     monkeypatch.setitem(ROWS, LITE["name"], replace(row_of(LITE["name"]), image_size=32))
-    assert model_quantization.grid.run(quantization_parser().parse_args([*command.split(), "--image-size", "32"])) == 0
+    args = quantization_parser().parse_args([*command.split(), "--image-size", "32"])
+    with no_pictures():
+        assert model_quantization.grid.run(args) == 0
     assert f"NEW CLASSIFIER: {tmp_path}/lite1.pth has 3 classes" in capsys.readouterr().out
     assert read(tmp_path / "out" / "Ternary_best_acc.pt")["model"] == {**LITE, "num_classes": 2}
 

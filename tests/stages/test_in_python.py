@@ -185,7 +185,7 @@ def test_the_lines_in_readme_run(tmp_path, monkeypatch):
 def test_the_example_runs(tmp_path):
     """A whole program: trained, ternary, counted, packed, predicting; with its pictures."""
     run = subprocess.run(
-        [sys.executable, README.parent / "examples" / "own_network.py", "--epochs", "2", "--folder", tmp_path],
+        [sys.executable, README.parent / "examples" / "own_network.py", "--epochs", "1", "--folder", tmp_path],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(README.parent)},

@@ -12,6 +12,7 @@ from engine.images.augment import Mixed
 from engine.objective import Objective
 from engine.store.checkpoint import read
 from helpers.programs import run_here
+from helpers.stages import no_pictures
 from model.own import OwnCodeError, run_once
 from model.selection import NoSuchLayer, Patterns, chosen, is_ternary, ternary_candidates
 
@@ -65,7 +66,8 @@ def shell(here, monkeypatch, capfd):
     """Runs a command line; returns its exit code and what it printed."""
 
     def run(command: str) -> tuple[int | str | None, str]:
-        code = run_here(command, monkeypatch)
+        with no_pictures():
+            code = run_here(command, monkeypatch)
         captured = capfd.readouterr()
         return code, captured.out + captured.err
 

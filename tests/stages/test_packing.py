@@ -63,7 +63,7 @@ floats = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-1, 1, width=16)
 
 
 @pytest.mark.robustness
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(values=st.lists(floats, min_size=16, max_size=16), vector=st.lists(floats, min_size=8, max_size=8))
 def test_any_values_are_restored_as_stored_and_stay(
     values: list[float], vector: list[float], tmp_path_factory: pytest.TempPathFactory
@@ -80,7 +80,7 @@ def test_any_values_are_restored_as_stored_and_stay(
     assert (folder / "packed.safetensors").read_bytes() == first
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     symbols=npst.arrays(np.int8, 64, elements=st.integers(-1, 1)),
     w_p=st.floats(0, 2.0**100, width=32, exclude_min=True),

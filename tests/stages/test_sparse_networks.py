@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from engine.store.checkpoint import network_content, read, read_network, save
 from examples import kaist_micronet
 from helpers import ROOT
-from helpers.stages import quantize, score
+from helpers.stages import quantize, runs, score
 from model import build
 
 SPEC = {"name": "resnet20", "num_classes": 10}
@@ -38,7 +38,8 @@ def test_zeros_stay_with_keep_zeros_and_come_back_without(pruned, tmp_path, flag
     alive = {}
     for keep in ([], ["--keep-zeros"]):
         quantize(pruned, tmp_path / str(len(keep)), *QUICK, *flags, *keep)
-        weight = read(tmp_path / str(len(keep)) / "Ternary_best_acc.pt")["state_dict"]["layer2.0.conv2.weight"]
+        (run,) = runs(tmp_path / str(len(keep)))
+        weight = read(run / "last.pt")["state"]["network"]["layer2.0.conv2.weight"]
         alive[bool(keep)] = int((weight[zero] != 0).sum())
         assert (weight[~zero] != 0).any()
     assert alive[True] == 0
