@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from helpers.stages import quantize, runs
 from model_quantization.drawing import label_points
 from model_quantization.plots import kept_and_deleted, pareto_front, plot_layers, plot_sweep
 from model_quantization.quantized_layers import QuantizedLayers
@@ -50,6 +51,15 @@ def test_plots_are_pictures(lines, number, tmp_path):
         with Image.open(path) as picture:
             assert min(picture.size) > 400 and len(picture.convert("RGB").getcolors(2**20)) > 10
         assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_what_a_run_did_is_a_picture(resnet, tmp_path):
+    flags = "--epochs 1 --retrain-epochs 1 --s 0.3 --g 0.1 --plot-ternarization".split()
+    quantize(resnet, tmp_path, *flags)
+    (run,) = runs(tmp_path)
+    with Image.open(run / "ternarization.png") as picture:
+        assert min(picture.size) > 1000 and len(picture.convert("RGB").getcolors(2**20)) > 10
+    assert (run / "ternarization.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_labels_of_near_points_do_not_cover_each_other():
